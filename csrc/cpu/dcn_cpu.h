@@ -1,0 +1,68 @@
+/* The CPU core's C ABI: one table of functions per instruction set.
+ *
+ * A call is cut into phases and tasks by the kernels; whoever calls owns memory and threads:
+ *
+ *     table = dcn_cpu_kernels_for(isa)
+ *     table->plan(params, direction, wanted, num_threads, &plan)      sizes and task counts, no work
+ *     allocate plan.shared_bytes once and plan.scratch_bytes per thread
+ *     for wave, for phase:  for task in parallel:  table->run(call, wave, phase, task, my scratch)
+ *                           barrier
+ *
+ * Rules: run() allocates nothing, calls no OpenMP, touches no global state, and any task order on
+ * any thread gives the same bits: tasks of a phase write disjoint memory, and whatever decides the
+ * order of a sum depends on the params alone, never on num_threads.
+ */
+#ifndef DCN_CPU_H
+#define DCN_CPU_H
+
+#include "../dcn_params.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum { DCN_FORWARD = 0, DCN_BACKWARD = 1 } dcn_direction;
+
+/* Which gradients are wanted (bits of `wanted`; ignored in the forward direction). */
+enum {
+  DCN_GRAD_INPUT = 1,
+  DCN_GRAD_OFFSET = 2,
+  DCN_GRAD_WEIGHT = 4,
+  DCN_GRAD_BIAS = 8,
+  DCN_GRAD_MASK = 16,
+};
+
+enum { DCN_PHASES = 4 }; /* the most there are */
+
+typedef struct {
+  int64_t waves;                   /* images are taken in waves so that the workspace stays bounded */
+  int64_t phases;                  /* phases of one wave, a barrier after each */
+  int64_t tasks[DCN_PHASES];       /* tasks of each phase (of the largest wave) */
+  size_t shared_bytes;             /* workspace of the call, 64-byte aligned by the caller */
+  size_t scratch_bytes;            /* workspace of each thread, 64-byte aligned by the caller */
+  int64_t work;                    /* multiply-adds of the whole call: too few are not worth a team */
+  int64_t internal;                /* the kernels' own note */
+} dcn_cpu_plan;
+
+typedef struct {
+  const dcn_params *params;
+  const dcn_tensors *tensors;
+  const dcn_cpu_plan *plan;
+  void *shared;
+} dcn_cpu_call;
+
+typedef struct {
+  const char *isa;
+  void (*plan)(const dcn_params *params, int direction, int wanted, int num_threads,
+               dcn_cpu_plan *plan);
+  void (*run)(const dcn_cpu_call *call, int64_t wave, int64_t phase, int64_t task, void *scratch);
+} dcn_cpu_kernels;
+
+/* The tables linked into this build, best first, null-terminated; and those this CPU can run. */
+const dcn_cpu_kernels *const *dcn_cpu_built(void);
+const dcn_cpu_kernels *const *dcn_cpu_usable(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

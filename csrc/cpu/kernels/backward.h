@@ -1,0 +1,532 @@
+/* Backward: all five gradients, with the samples computed again and no stored columns.
+ *
+ * With g = grad_output, S a sample, q its corners with values v(q) and bilinear weights G(q):
+ *
+ *   h[c, k, p0]           = sum_o g[o, p0] w[o, c, k]                         gradient of the columns
+ *   d[q]                  = sum_c h[c] v(q)[c]                                corner products
+ *   grad_weight[o, c, k]  = sum_{n, p0} g[o, p0] m S[c]
+ *   grad_input[c] at q   += G(q) m h[c]
+ *   grad_mask[k, p0]      = sum_q G(q) d[q]
+ *   grad_offset_y[k, p0]  = m ((1 - lx) (d[10] - d[00]) + lx (d[11] - d[01]))  right-hand at the kinks
+ *   grad_offset_x[k, p0]  = m ((1 - ly) (d[01] - d[00]) + ly (d[11] - d[10]))
+ *   grad_bias[o]          = sum_{n, p0} g[o, p0]
+ *
+ * Dai et al. 2017, equations 2 to 4 and appendix A; Zhu et al. 2019, equation 1.
+ *
+ * Phases of a wave of images
+ *   0  weights -> panels (first wave), images -> slabs, grad_output -> [pixel][output] and, where its
+ *      memory is not that already, [output][pixel]; grad_bias
+ *   1  the work: a task owns (image, slab of channels, band of pixels) and with it a share of
+ *      grad_input, of grad_weight and of the sums of grad_offset and grad_mask: no atomics
+ *   2  bands -> grad_input; slabs' shares -> grad_offset, grad_mask
+ *   3  (last wave) shares -> grad_weight
+ *
+ * Bands exist where slabs alone are too few to share between threads. Their number, like every cut that
+ * decides the order of a sum, follows from the params alone: not from threads and, for the gradients
+ * that belong to an image, not from the batch.
+ *
+ * A task takes tile by tile, chunk by chunk, block by block: h by the register kernel from
+ * [pixel][output]; then one loop over (tap, pixel) that loads each corner once for d, the sample (it
+ * replaces h in place) and the scatter; then grad_weight by the register kernel from [output][pixel].
+ */
+#ifndef DCN_BACKWARD_H
+#define DCN_BACKWARD_H
+
+#include "forward.h"
+#include "scatter.h"
+
+namespace DCN_ISA {
+
+constexpr int64_t BACKWARD_WAVE_BYTES = 8 << 20; /* memory of a wave's images, but at least one */
+constexpr int64_t WAVE_IMAGES = 16;
+constexpr int64_t BAND_PIXELS = 512; /* a band has at least this many */
+constexpr int64_t MOST_BANDS = 4;    /* slabs * bands beyond which slabs alone are enough */
+constexpr int64_t SUM_RUN = 512;     /* values summed in A before they go into a double */
+constexpr int64_t BIAS_OUTPUTS = 16; /* outputs of one bias task, of one grad_weight task */
+
+template <class A>
+struct Backward {
+  const dcn_params &p;
+  bool need_input, need_samples_gradient, need_weight, need_bias;
+  bool direct_output; /* grad_output is [output][pixel] in A already */
+  Slabs<A> slabs;
+  int64_t plane;       /* values of a packed slab of an image */
+  int64_t columns_row; /* values of a row of columns */
+  int64_t output_row;  /* values of a pixel of the packed grad_output */
+  int64_t output_line; /* values of an output of the packed grad_output, if not direct */
+  int64_t chunk, tile, tiles, bands, wave;
+  int64_t share_row; /* grad_weight share: values of one output's row; the packed weights' as well */
+  int64_t pairs;     /* of a slab and an offset group that meet: slab + offset_group numbers them */
+  int64_t pack_tasks, output_tasks, bias_tasks;
+
+  Backward(const dcn_params &params, int wanted) : p(params), slabs(params) {
+    need_input = wanted & DCN_GRAD_INPUT;
+    need_samples_gradient = wanted & (DCN_GRAD_OFFSET | DCN_GRAD_MASK);
+    need_weight = wanted & DCN_GRAD_WEIGHT;
+    need_bias = wanted & DCN_GRAD_BIAS;
+    direct_output =
+        p.layout == DCN_NCHW && p.dtype == (sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
+    plane = (plane_in(p) + 1) * slabs.pitch + LINE / (int64_t)sizeof(A);
+    const int64_t pixels = plane_out(p), taps = taps_of(p), size = (int64_t)sizeof(A);
+    output_row = row_pitch<A>(is_depthwise(p) ? p.in_channels : p.out_channels);
+    output_line = round_up(pixels, LINE / size);
+    columns_row = is_depthwise(p) ? 0 : columns_pitch(p, slabs);
+    chunk = chunk_taps(p, slabs);
+    tile = columns_row ? TILE_BYTES / 2 / (columns_row * size) / ROWS * ROWS : 112;
+    tile = max((int64_t)2 * ROWS, min(tile, 112 * 4 / size));
+    tile = ceil_div(pixels, ceil_div(pixels, tile));
+    tiles = ceil_div(pixels, tile);
+    bands = max((int64_t)1, min(MOST_BANDS / slabs.count, pixels / BAND_PIXELS));
+    if (bands == 3) bands = 2;
+    bands = min(bands, tiles);
+    share_row = is_depthwise(p) ? taps * (slabs.pitch + Vector<A>::lanes) : widest_share();
+    pairs = slabs.count + p.offset_groups - 1;
+    int64_t values = slabs.count * plane + output_copies() * pixels * output_row;
+    if (!direct_output) values += p.out_channels * output_line;
+    if (need_input) values += slabs.count * bands * plane;
+    if (need_samples_gradient) values += pairs * 3 * taps * pixels;
+    if (need_weight) values += slabs.count * bands * group_out(p) * share_row;
+    wave = max((int64_t)1, min(min(p.batch, WAVE_IMAGES), BACKWARD_WAVE_BYTES / (values * size)));
+    pack_tasks = ceil_div(plane_in(p), PACK_PIXELS) * slabs.count;
+    output_tasks = ceil_div(pixels, PACK_PIXELS);
+    bias_tasks = need_bias ? ceil_div(p.out_channels, BIAS_OUTPUTS) : 0;
+  }
+
+  bool need_columns_gradient() const { return need_input || need_samples_gradient; }
+  int64_t waves() const { return max((int64_t)1, ceil_div(p.batch, wave)); }
+  int64_t owners() const { return slabs.count * bands; }
+  /* Depthwise reads grad_output as [output of a channel][pixel][channel]. */
+  int64_t output_copies() const { return is_depthwise(p) ? group_out(p) : 1; }
+  int64_t weight_values() const {
+    return is_depthwise(p) ? group_out(p) * taps_of(p) * (p.in_channels + Vector<A>::lanes)
+                           : slabs.count * group_out(p) * share_row;
+  }
+
+  /* Columns of one chunk of a block in packed weights and shares: whole panels of two vectors. */
+  int64_t chunk_columns(int64_t channels) const {
+    return round_up(chunk * channels, 2 * Vector<A>::lanes);
+  }
+  int64_t block_columns(int64_t channels) const {
+    return ceil_div(taps_of(p), chunk) * chunk_columns(channels);
+  }
+  int64_t widest_share() const {
+    int64_t widest = 0;
+    for (int64_t slab = 0; slab < slabs.count; slab++) {
+      const int64_t end = slabs.end(p, slab);
+      int64_t row = 0;
+      for (int64_t c = slabs.begin(slab); c < end; c += block_at(p, c, end).count)
+        row += block_columns(block_at(p, c, end).count);
+      widest = max(widest, row);
+    }
+    return widest;
+  }
+};
+
+template <class A>
+struct BackwardShared {
+  A *weight, *slabs, *output, *lines, *input, *sums, *share;
+  double *bias;
+  BackwardShared(const Backward<A> &b, Arena &arena) {
+    const dcn_params &p = b.p;
+    const int64_t pixels = plane_out(p);
+    weight = arena.take<A>(b.weight_values());
+    slabs = arena.take<A>(b.wave * b.slabs.count * b.plane);
+    output = arena.take<A>(b.wave * b.output_copies() * pixels * b.output_row);
+    lines = arena.take<A>(b.direct_output ? 0 : b.wave * p.out_channels * b.output_line);
+    input = arena.take<A>(b.need_input ? b.wave * b.owners() * b.plane : 0);
+    sums = arena.take<A>(b.need_samples_gradient ? b.wave * b.pairs * 3 * taps_of(p) * pixels : 0);
+    share = arena.take<A>(b.need_weight ? b.wave * b.owners() * group_out(p) * b.share_row : 0);
+    bias = arena.take<double>(b.need_bias ? p.out_channels : 0);
+  }
+};
+
+template <class A>
+struct BackwardScratch {
+  int64_t *y, *x;
+  A *row, *columns, *products;
+  Corners<A> corners;
+  BackwardScratch(const Backward<A> &b, Arena &arena) : corners(arena, b.chunk * b.tile) {
+    y = arena.take<int64_t>(b.tile);
+    x = arena.take<int64_t>(b.tile);
+    row = arena.take<A>(max(max(2 * b.tile, SUM_RUN), SLAB * taps_of(b.p)));
+    columns = arena.take<A>(b.tile * b.columns_row);
+    products = arena.take<A>(4 * b.chunk * b.tile);
+  }
+};
+
+/* Weights of one slab for h: [block][chunk][panel][output][2 vectors of columns]. */
+template <class A>
+static void pack_slab_weights(const Backward<A> &b, const void *weight, int64_t slab, A *to) {
+  const dcn_params &p = b.p;
+  constexpr int64_t width = 2 * Vector<A>::lanes;
+  const int64_t taps = taps_of(p), outputs = group_out(p), channels = group_in(p);
+  const int64_t end = b.slabs.end(p, slab);
+  for (int64_t c = b.slabs.begin(slab); c < end;) {
+    const Block block = block_at(p, c, end);
+    for (int64_t tap = 0; tap < taps; tap += b.chunk) {
+      const int64_t columns = min(b.chunk, taps - tap) * block.count;
+      for (int64_t panel = 0; panel < b.chunk_columns(block.count); panel += width)
+        for (int64_t o = 0; o < outputs; o++) {
+          const int64_t row = ((block.group * outputs + o) * channels + c % channels) * taps + tap;
+          for (int64_t i = 0; i < width; i++, to++) {
+            const int64_t column = panel + i;
+            *to = column < columns ? read_one<A>(weight, p.dtype,
+                                                 row + column % block.count * taps +
+                                                     column / block.count)
+                                   : A(0);
+          }
+        }
+    }
+    c += block.count;
+  }
+}
+
+/* Where one image's grad_output lies as [output][pixel]. */
+template <class A>
+struct Lines {
+  const A *at;
+  int64_t pitch;
+  Lines(const Backward<A> &b, const dcn_tensors &tensors, const BackwardShared<A> &shared,
+        int64_t image, int64_t slot) {
+    pitch = b.direct_output ? plane_out(b.p) : b.output_line;
+    at = b.direct_output ? (const A *)tensors.grad_output + image * b.p.out_channels * pitch
+                         : shared.lines + slot * b.p.out_channels * pitch;
+  }
+};
+
+/* The weighted sums over q: products [tap][pixel][4] -> += shares of grad_mask and grad_offset. */
+template <class A>
+static void add_sample_gradients(const Corners<A> &corners, const A *products, int64_t taps,
+                                 int64_t tile, int64_t pixels, A *mask, A *offset_y, A *offset_x,
+                                 int64_t pitch, bool first) {
+  for (int64_t t = 0; t < taps; t++) {
+    const A *d = products + t * tile * 4;
+    for (int64_t i = 0; i < pixels; i++, d += 4) {
+      const int64_t at = t * tile + i, to = t * pitch + i;
+      const A ly = corners.fraction[0][at], lx = corners.fraction[1][at], m = corners.mask[at];
+      const int32_t state = corners.state[at];
+      const A nan = corners.weight[0][at]; /* NaN in that state alone */
+      const A value = corners.weight[0][at] * d[0] + corners.weight[1][at] * d[1] +
+                      corners.weight[2][at] * d[2] + corners.weight[3][at] * d[3];
+      const A dy = m * ((1 - lx) * (d[2] - d[0]) + lx * (d[3] - d[1]));
+      const A dx = m * ((1 - ly) * (d[1] - d[0]) + ly * (d[3] - d[2]));
+      const bool moves = state == INSIDE || state == EDGE;
+      const A other = state == NOT_A_NUMBER ? nan : A(0);
+      mask[to] = (first ? A(0) : mask[to]) + (state == INSIDE ? value : other);
+      offset_y[to] = (first ? A(0) : offset_y[to]) + (moves ? dy : other);
+      offset_x[to] = (first ? A(0) : offset_x[to]) + (moves ? dx : other);
+    }
+  }
+}
+
+template <class A>
+static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
+                          const BackwardShared<A> &shared, int64_t image, int64_t slot, int64_t slab,
+                          int64_t band, bool first_wave, const BackwardScratch<A> &s) {
+  const dcn_params &p = b.p;
+  constexpr int64_t L = Vector<A>::lanes;
+  const int64_t taps = taps_of(p), outputs = group_out(p), all_pixels = plane_out(p);
+  const int64_t slab_begin = b.slabs.begin(slab), slab_end = b.slabs.end(p, slab);
+  const int64_t owner = (slot * b.slabs.count + slab) * b.bands + band;
+  const bool depthwise = is_depthwise(p);
+  const A *packed = shared.slabs + (slot * b.slabs.count + slab) * b.plane;
+  const A *weight = shared.weight + slab * outputs * b.share_row;
+  A *input = b.need_input ? shared.input + owner * b.plane : nullptr;
+  A *share = b.need_weight ? shared.share + owner * outputs * b.share_row : nullptr;
+  const Lines<A> lines(b, tensors, shared, image, slot);
+  if (input)
+    for (int64_t i = 0; i < b.plane; i++) input[i] = 0;
+  if (share && depthwise && first_wave)
+    for (int64_t i = 0; i < outputs * b.share_row; i++) share[i] = 0;
+
+  const int64_t first_tile = b.tiles * band / b.bands, last_tile = b.tiles * (band + 1) / b.bands;
+  for (int64_t tile = first_tile; tile < last_tile; tile++) {
+    const int64_t first = tile * b.tile, pixels = min(b.tile, all_pixels - first);
+    tile_positions(p, first, pixels, s.y, s.x);
+    int64_t column = 0; /* of the offset group's first block in the slab's packed weights and shares */
+    for (int64_t c = slab_begin; c < slab_end;) {
+      const int64_t offset_group = c / offset_group_in(p);
+      const int64_t end = min(slab_end, (offset_group + 1) * offset_group_in(p));
+      A *sums = shared.sums + (slot * b.pairs + slab + offset_group) * 3 * taps * all_pixels;
+      int64_t next_column = column;
+      for (int64_t tap = 0; tap < taps; tap += b.chunk) {
+        const int64_t count = min(b.chunk, taps - tap);
+        chunk_corners<A, true>(p, tensors, image, offset_group, tap, count, first, pixels, b.tile,
+                               s.y, s.x, b.slabs.pitch, s.corners, s.row);
+        next_column = column;
+        for (int64_t begin = c; begin < end;) {
+          const Block block = block_at(p, begin, end);
+          const int64_t rounds = depthwise ? outputs : 1;
+          for (int64_t j = 0; j < rounds; j++) {
+            Scatter<A> scatter;
+            scatter.slab = packed + begin - slab_begin;
+            scatter.input = input ? input + begin - slab_begin : nullptr;
+            scatter.products = b.need_samples_gradient ? s.products : nullptr;
+            scatter.channels = block.count;
+            if (depthwise) {
+              const A *output = shared.output + ((slot * outputs + j) * all_pixels + first) *
+                                                    b.output_row + begin;
+              const int64_t weight_row = p.in_channels + L;
+              const int64_t share_tap = b.slabs.pitch + L;
+              scatter_depthwise(scatter, s.corners, count, b.tile, pixels, output, b.output_row,
+                                shared.weight + (j * taps + tap) * weight_row + begin, weight_row,
+                                share ? share + j * b.share_row + tap * share_tap + begin - slab_begin
+                                      : nullptr,
+                                share_tap);
+            } else {
+              const int64_t chunk_column = next_column + tap / b.chunk * b.chunk_columns(block.count);
+              const int64_t vectors = ceil_div(count * block.count, L);
+              const A *output = shared.output + (slot * all_pixels + first) * b.output_row +
+                                block.group * outputs;
+              if (b.need_columns_gradient())
+                gemm(pixels, vectors, outputs, output, b.output_row, weight + chunk_column * outputs,
+                     2 * L, outputs * 2 * L, s.columns, b.columns_row, false);
+              scatter_block(scatter, s.corners, count, b.tile, pixels, s.columns, b.columns_row,
+                            b.need_weight);
+              if (share)
+                gemm(outputs, vectors, pixels, lines.at + block.group * outputs * lines.pitch + first,
+                     lines.pitch, s.columns, b.columns_row, 2 * L, share + chunk_column, b.share_row,
+                     !first_wave || tile > first_tile);
+            }
+            if (b.need_samples_gradient) {
+              A *at = sums + tap * all_pixels + first;
+              add_sample_gradients(s.corners, s.products, count, b.tile, pixels, at,
+                                   at + taps * all_pixels, at + 2 * taps * all_pixels, all_pixels,
+                                   begin == c && j == 0);
+            }
+          }
+          begin += block.count;
+          next_column += b.block_columns(block.count);
+        }
+      }
+      column = next_column;
+      c = end;
+    }
+  }
+}
+
+template <class A>
+static void sum_bias(const Backward<A> &b, const dcn_tensors &tensors, double *sums, int64_t task,
+                     int64_t first_image, int64_t images, bool first_wave, bool last_wave, A *row) {
+  const dcn_params &p = b.p;
+  typedef typename Vector<A>::V V;
+  constexpr int64_t L = Vector<A>::lanes;
+  const int64_t begin = task * BIAS_OUTPUTS, end = min(begin + BIAS_OUTPUTS, p.out_channels);
+  const int64_t plane = plane_out(p);
+  for (int64_t o = begin; o < end; o++) {
+    double total = first_wave ? 0 : sums[o];
+    for (int64_t image = first_image; image < first_image + images; image++)
+      for (int64_t first = 0; first < plane; first += SUM_RUN) {
+        const int64_t count = min(SUM_RUN, plane - first);
+        const bool nhwc = p.layout == DCN_NHWC;
+        read_row(tensors.grad_output, p.dtype,
+                 nhwc ? (image * plane + first) * p.out_channels + o
+                      : (image * p.out_channels + o) * plane + first,
+                 nhwc ? p.out_channels : 1, count, row);
+        V acc = V{};
+        int64_t i = 0;
+        for (; i + L <= count; i += L) acc += load(row + i);
+        A lane[L];
+        store(lane, acc);
+        for (int64_t j = 0; j < L; j++) total += (double)lane[j];
+        for (; i < count; i++) total += (double)row[i];
+      }
+    sums[o] = total;
+    const A rounded = (A)total;
+    if (last_wave) write_row(tensors.grad_bias, p.dtype, o, 1, 1, &rounded);
+  }
+}
+
+/* grad_input of a piece of one slab: the sum of its bands. */
+template <class A>
+static void finish_input(const Backward<A> &b, const dcn_tensors &tensors, A *input, int64_t image,
+                         int64_t slab, int64_t piece) {
+  const dcn_params &p = b.p;
+  const int64_t first = piece * PACK_PIXELS, pixels = min(PACK_PIXELS, plane_in(p) - first);
+  A *sum = input + first * b.slabs.pitch;
+  for (int64_t band = 1; band < b.bands; band++) {
+    const A *other = sum + band * b.plane;
+    for (int64_t i = 0; i < pixels * b.slabs.pitch; i++) sum[i] += other[i];
+  }
+  const int64_t begin = b.slabs.begin(slab);
+  write_tile(tensors.grad_input, p, p.in_channels, plane_in(p), image, begin, 1,
+             b.slabs.end(p, slab) - begin, first, pixels, sum, b.slabs.pitch, nullptr);
+}
+
+/* grad_offset and grad_mask of one tap of one offset group: the sum of its slabs. */
+template <class A>
+static void finish_samples(const Backward<A> &b, const dcn_tensors &tensors, const A *sums,
+                           int64_t image, int64_t offset_group, int64_t tap, A *row) {
+  const dcn_params &p = b.p;
+  const int64_t taps = taps_of(p), plane = plane_out(p);
+  const int64_t begin = offset_group * offset_group_in(p), end = begin + offset_group_in(p);
+  const int64_t k = (image * p.offset_groups + offset_group) * taps + tap;
+  void *to[3] = {tensors.grad_mask, tensors.grad_offset, tensors.grad_offset};
+  const int64_t index[3] = {k * plane, 2 * k * plane, (2 * k + 1) * plane};
+  for (int part = 0; part < 3; part++) {
+    if (!to[part]) continue;
+    for (int64_t first = 0; first < plane; first += SUM_RUN) {
+      const int64_t count = min(SUM_RUN, plane - first);
+      bool started = false;
+      for (int64_t slab = 0; slab < b.slabs.count; slab++) {
+        if (b.slabs.end(p, slab) <= begin || b.slabs.begin(slab) >= end) continue;
+        const A *from = sums + ((slab + offset_group) * 3 + part) * taps * plane + tap * plane + first;
+        for (int64_t i = 0; i < count; i++) row[i] = started ? row[i] + from[i] : from[i];
+        started = true;
+      }
+      write_row(to[part], p.dtype, index[part] + first, 1, count, row);
+    }
+  }
+}
+
+/* grad_weight of BIAS_OUTPUTS outputs per group of one slab: the sum of its owners' shares. */
+template <class A>
+static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors, const A *share,
+                          int64_t slab, int64_t piece, A *row) {
+  const dcn_params &p = b.p;
+  const int64_t taps = taps_of(p), outputs = group_out(p), channels = group_in(p);
+  const int64_t slab_begin = b.slabs.begin(slab), slab_end = b.slabs.end(p, slab);
+  const int64_t first = piece * BIAS_OUTPUTS, last = min(first + BIAS_OUTPUTS, outputs);
+  const int64_t slots = p.batch ? b.wave : 0;
+  int64_t column = 0;
+  for (int64_t c = slab_begin; c < slab_end;) {
+    const Block block = block_at(p, c, slab_end);
+    for (int64_t o = first; o < last; o++) {
+      for (int64_t i = 0; i < block.count; i++)
+        for (int64_t k = 0; k < taps; k++) {
+          const int64_t at =
+              is_depthwise(p)
+                  ? o * b.share_row + k * (b.slabs.pitch + Vector<A>::lanes) + c - slab_begin + i
+                  : o * b.share_row + column + k / b.chunk * b.chunk_columns(block.count) +
+                        k % b.chunk * block.count + i;
+          A sum = 0;
+          for (int64_t slot = 0; slot < slots; slot++)
+            for (int64_t band = 0; band < b.bands; band++)
+              sum += share[((slot * b.slabs.count + slab) * b.bands + band) * outputs * b.share_row +
+                           at];
+          row[i * taps + k] = sum;
+        }
+      if (is_depthwise(p))
+        for (int64_t i = 0; i < block.count; i++)
+          write_row(tensors.grad_weight, p.dtype, ((c + i) * outputs + o) * taps, 1, taps,
+                    row + i * taps);
+      else
+        write_row(tensors.grad_weight, p.dtype,
+                  ((block.group * outputs + o) * channels + c % channels) * taps, 1,
+                  block.count * taps, row);
+    }
+    column += b.block_columns(block.count);
+    c += block.count;
+  }
+}
+
+template <class A>
+static void backward_plan(const dcn_params &p, int wanted, dcn_cpu_plan *plan) {
+  const Backward<A> b(p, wanted);
+  Arena shared = {nullptr, 0}, scratch = {nullptr, 0};
+  BackwardShared<A>(b, shared);
+  BackwardScratch<A>(b, scratch);
+  plan->waves = b.waves();
+  plan->phases = 4;
+  plan->tasks[0] = b.bias_tasks + b.slabs.count + b.wave * (b.pack_tasks + b.output_tasks);
+  plan->tasks[1] = b.wave * b.owners();
+  plan->tasks[2] = b.wave * ((b.need_input ? b.pack_tasks : 0) +
+                             (b.need_samples_gradient ? p.offset_groups * taps_of(p) : 0));
+  plan->tasks[3] = b.need_weight ? b.slabs.count * ceil_div(group_out(p), BIAS_OUTPUTS) : 0;
+  plan->shared_bytes = shared.used;
+  plan->scratch_bytes = scratch.used;
+  plan->internal = wanted;
+}
+
+/* Phase 0. */
+template <class A>
+static void prepare(const Backward<A> &b, const dcn_tensors &tensors, const BackwardShared<A> &shared,
+                    int64_t wave, int64_t first_image, int64_t images, int64_t task,
+                    const BackwardScratch<A> &s) {
+  const dcn_params &p = b.p;
+  if (task < b.bias_tasks)
+    return sum_bias(b, tensors, shared.bias, task, first_image, images, wave == 0,
+                    wave == b.waves() - 1, s.row);
+  task -= b.bias_tasks;
+  if (task < b.slabs.count) {
+    if (wave > 0 || !b.need_columns_gradient()) return;
+    if (!is_depthwise(p))
+      pack_slab_weights(b, tensors.weight, task, shared.weight + task * group_out(p) * b.share_row);
+    else if (task == 0)
+      pack_depthwise_weight(p, tensors.weight, shared.weight);
+    return;
+  }
+  task -= b.slabs.count;
+  const int64_t slot = task / (b.pack_tasks + b.output_tasks);
+  task %= b.pack_tasks + b.output_tasks;
+  if (slot >= images) return;
+  if (task < b.pack_tasks) {
+    const int64_t slab = task % b.slabs.count;
+    return pack_slab(p, b.slabs, tensors.input, first_image + slot, slab, task / b.slabs.count,
+                     shared.slabs + (slot * b.slabs.count + slab) * b.plane);
+  }
+  const int64_t first = (task - b.pack_tasks) * PACK_PIXELS;
+  const int64_t pixels = min(PACK_PIXELS, plane_out(p) - first);
+  const int64_t copies = b.output_copies();
+  for (int64_t j = 0; j < copies; j++)
+    pack_pixels(tensors.grad_output, p, p.out_channels, plane_out(p), first_image + slot, j, copies,
+                p.out_channels / copies, first, pixels,
+                shared.output + ((slot * copies + j) * plane_out(p) + first) * b.output_row,
+                b.output_row);
+  if (!b.direct_output)
+    for (int64_t o = 0; o < p.out_channels; o++) {
+      const bool nhwc = p.layout == DCN_NHWC;
+      const int64_t image = first_image + slot;
+      read_row(tensors.grad_output, p.dtype,
+               nhwc ? (image * plane_out(p) + first) * p.out_channels + o
+                    : (image * p.out_channels + o) * plane_out(p) + first,
+               nhwc ? p.out_channels : 1, pixels,
+               shared.lines + (slot * p.out_channels + o) * b.output_line + first);
+    }
+}
+
+template <class A>
+static void backward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, int64_t task,
+                         void *memory) {
+  const dcn_params &p = *call.params;
+  const dcn_tensors &tensors = *call.tensors;
+  const Backward<A> b(p, (int)call.plan->internal);
+  Arena shared_arena = {(char *)call.shared, 0}, arena = {(char *)memory, 0};
+  const BackwardShared<A> shared(b, shared_arena);
+  const BackwardScratch<A> s(b, arena);
+  const int64_t first_image = wave * b.wave;
+  const int64_t images = max((int64_t)0, min(b.wave, p.batch - first_image));
+  switch (phase) {
+    case 0: return prepare(b, tensors, shared, wave, first_image, images, task, s);
+    case 1: {
+      const int64_t slot = task / b.owners(), slab = task % b.owners() / b.bands;
+      if (slot < images)
+        backward_band(b, tensors, shared, first_image + slot, slot, slab, task % b.bands, wave == 0, s);
+      return;
+    }
+    case 2: {
+      const int64_t input_tasks = b.need_input ? b.pack_tasks : 0;
+      const int64_t sample_tasks = b.need_samples_gradient ? p.offset_groups * taps_of(p) : 0;
+      const int64_t slot = task / (input_tasks + sample_tasks);
+      task %= input_tasks + sample_tasks;
+      if (slot >= images) return;
+      if (task < input_tasks) {
+        const int64_t slab = task % b.slabs.count;
+        return finish_input(b, tensors, shared.input + (slot * b.owners() + slab * b.bands) * b.plane,
+                            first_image + slot, slab, task / b.slabs.count);
+      }
+      task -= input_tasks;
+      return finish_samples(b, tensors,
+                            shared.sums + slot * b.pairs * 3 * taps_of(p) * plane_out(p),
+                            first_image + slot, task / taps_of(p), task % taps_of(p), s.row);
+    }
+    default: {
+      const int64_t pieces = ceil_div(group_out(p), BIAS_OUTPUTS);
+      if (wave == b.waves() - 1)
+        finish_weight(b, tensors, shared.share, task / pieces, task % pieces, s.row);
+    }
+  }
+}
+
+}  // namespace DCN_ISA
+#endif

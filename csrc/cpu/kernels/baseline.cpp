@@ -1,0 +1,3 @@
+#define DCN_ISA baseline
+#define DCN_VECTOR_BYTES 16
+#include "kernel_table.inc"

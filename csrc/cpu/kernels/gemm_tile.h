@@ -1,0 +1,109 @@
+/* Register kernel: a small dense product, the loop that costs the most.
+ *
+ *   C[m, n] (+)= sum_k A[m, k] * B[k, n]      m < rows, n < vectors * lanes, k < depth, k in order
+ *
+ * A    rows of `lda` values, read one value at a time and broadcast: pixel-major columns need no packing
+ * B    rows of `ldb` values, read as whole vectors: a packed weight panel, or a tile of columns
+ * C    rows of `ldc` values, whole vectors; added to when `accumulate`
+ *
+ * Accumulators: rows x vectors registers, at most ROWS x 2 (AVX-512 14x2 of 32, AVX2 6x2 of 16, SSE2
+ * 6x2 of 16, NEON 14x2 of 32). One vector of B is used `rows` times, one value of A twice. AVX-512: 28
+ * fused multiply-adds, 2 loads and 14 broadcasts a step of k, bound by the multiply-adds.
+ * Every element sums its k in order, whatever block it falls into: results do not depend on tiles.
+ */
+#ifndef DCN_GEMM_TILE_H
+#define DCN_GEMM_TILE_H
+
+#include "simd.h"
+
+namespace DCN_ISA {
+
+#if DCN_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int ROWS = 14;
+#else
+constexpr int ROWS = 6;
+#endif
+
+template <class A, int M, int N>
+static void gemm_registers(int64_t depth, const A *a, int64_t lda, const A *b, int64_t ldb, A *c,
+                           int64_t ldc, bool accumulate) {
+  typedef typename Vector<A>::V V;
+  constexpr int L = Vector<A>::lanes;
+  V acc[M][N];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) acc[m][n] = V{};
+  for (int64_t k = 0; k < depth; k++) { /* the hot loop */
+    V row[N];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) row[n] = load(b + n * L);
+    const A *column = a + k;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+      const A value = column[m * lda];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) acc[m][n] += value * row[n];
+    }
+    b += ldb;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) {
+      A *at = c + m * ldc + n * L;
+      store(at, accumulate ? load(at) + acc[m][n] : acc[m][n]);
+    }
+}
+
+template <class A, int N>
+static void gemm_rows(int64_t rows, int64_t depth, const A *a, int64_t lda, const A *b, int64_t ldb,
+                      A *c, int64_t ldc, bool accumulate) {
+  /* Equal parts: 49 rows are 13 + 12 + 12 + 12, not 14 + 14 + 14 + 7. */
+  const int64_t parts = ceil_div(rows, ROWS);
+  for (int64_t part = 0; part < parts; part++) {
+    const int64_t first = rows * part / parts;
+    const int64_t count = rows * (part + 1) / parts - first;
+    const A *from = a + first * lda;
+    A *to = c + first * ldc;
+#define DCN_CASE(M) \
+  case M: gemm_registers<A, M, N>(depth, from, lda, b, ldb, to, ldc, accumulate); break;
+    switch (count) {
+      DCN_CASE(1)
+      DCN_CASE(2)
+      DCN_CASE(3)
+      DCN_CASE(4)
+      DCN_CASE(5)
+      DCN_CASE(6)
+#if DCN_VECTOR_BYTES == 64 || defined(__aarch64__)
+      DCN_CASE(7)
+      DCN_CASE(8)
+      DCN_CASE(9)
+      DCN_CASE(10)
+      DCN_CASE(11)
+      DCN_CASE(12)
+      DCN_CASE(13)
+      DCN_CASE(14)
+#endif
+    }
+#undef DCN_CASE
+  }
+}
+
+/* C (+)= A B for `vectors` vectors of columns; B's column panels lie `panel_step` values apart, each
+ * two vectors wide (the last may be one). With B a plain row-major matrix, panel_step = 2 * lanes. */
+template <class A>
+static void gemm(int64_t rows, int64_t vectors, int64_t depth, const A *a, int64_t lda, const A *b,
+                 int64_t ldb, int64_t panel_step, A *c, int64_t ldc, bool accumulate) {
+  constexpr int L = Vector<A>::lanes;
+  for (int64_t v = 0; v < vectors; v += 2) {
+    const A *panel = b + v / 2 * panel_step;
+    if (v + 1 < vectors)
+      gemm_rows<A, 2>(rows, depth, a, lda, panel, ldb, c + v * L, ldc, accumulate);
+    else
+      gemm_rows<A, 1>(rows, depth, a, lda, panel, ldb, c + v * L, ldc, accumulate);
+  }
+}
+
+}  // namespace DCN_ISA
+#endif

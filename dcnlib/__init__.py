@@ -1,0 +1,42 @@
+"""dcnlib: deformable convolution for NumPy and torch, fast on CPUs and GPUs.
+
+The public names live here; `dcnlib.nn` and `dcnlib.compat` load on first use, since they import
+torch and nothing else does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._config import cpu_isa, get_num_threads, set_num_threads
+from ._dispatch import backends
+from ._info import show_config
+from ._version import __version__
+from .functional import deform_conv2d, deform_conv2d_backward
+
+if TYPE_CHECKING:
+    from . import compat, nn
+
+__all__ = [
+    "__version__",
+    "backends",
+    "cpu_isa",
+    "deform_conv2d",
+    "deform_conv2d_backward",
+    "get_num_threads",
+    "set_num_threads",
+    "show_config",
+]
+
+_LAZY = ("compat", "nn", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_LAZY])

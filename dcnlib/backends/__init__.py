@@ -1,0 +1,18 @@
+"""The backends: one folder or file each, all with the same two functions.
+
+A backend is a module with
+
+``name``
+    what ``backend=`` and `dcnlib.backends` call it.
+``why_not(device)``
+    None when it can run on that device ("cpu", "cuda"), otherwise the reason, with the cure.
+``forward(problem, input, offset, weight, bias, mask, output, num_threads=None)``
+    fills `output`.
+``backward(problem, grad_output, input, offset, weight, mask, grads, num_threads=None)``
+    fills `grads`: operands for input, offset, weight, bias, mask, or None where nobody asks.
+
+An operand is a C-contiguous, aligned, native-endian NumPy array in the shape that
+`DeformConv2dProblem` gives, or the integer address of such memory. With
+``problem.channels_last`` the memory of input, output, grad_output and grad_input is (N, H, W, C).
+Callers check and allocate; backends trust, read inputs only and write every element of outputs.
+"""

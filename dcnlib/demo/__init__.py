@@ -1,0 +1,94 @@
+"""`python -m dcnlib demo`: does letting the taps move help? On real digits, in minutes.
+
+The same small network is trained three times on deformed handwritten digits (`digits`): plain,
+plain with one more layer, and with two deformable layers (`networks`). A table and a picture
+(`figure`) show the outcome.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from pathlib import Path
+from typing import NamedTuple
+
+from .._info import summary
+from .digits import PACKAGE, deformed_digits
+
+
+class _Size(NamedTuple):
+    train: int
+    test: int
+    epochs: int
+    seeds: int
+
+
+SIZES = {
+    "quick": _Size(500, 250, 2, 1),
+    "default": _Size(4000, 1000, 12, 1),
+    "full": _Size(4000, 1000, 12, 3),
+}
+
+
+def run(size: str = "default", output: str | Path = "demo-output", seed: int = 0) -> list:
+    """Train, print, draw; the results of all runs (`networks.Result`)."""
+    _require("torch", "tqdm", "matplotlib")
+    import torch
+    from tqdm import tqdm
+
+    from . import figure, networks
+
+    train, test, epochs, seeds = SIZES[size]
+    print(summary())
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"data: {train} training and {test} test digits (MNIST), turned, stretched and bent\n")
+    data = deformed_digits(train, test)
+
+    results = []
+    steps = epochs * (train // networks.BATCH)
+    for number in range(seed, seed + seeds):
+        for name in networks.NAMES:
+            label = name if seeds == 1 else f"{name}, seed {number}"
+            with tqdm(total=steps, desc=f"{label:<29}", unit="step", ncols=96) as bar:
+
+                def advance(accuracy: float | None, bar: tqdm = bar) -> None:
+                    if accuracy is None:
+                        bar.update()
+                    else:
+                        bar.set_postfix_str(f"test {accuracy:.1f} %")
+
+                results.append(networks.train(name, data, epochs, number, advance))
+    print("\n" + table(results))
+
+    path = Path(output) / "demo.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.draw(results, data[1], path)
+    print(f"\nfigure: {path.resolve()}")
+    return results
+
+
+def table(results: list) -> str:
+    """One line a network: mean over the seeds, spread where there are several."""
+    head = ("network", "test accuracy", "parameters", "ms per step", "training")
+    lines = ["{:<21} {:>15} {:>11} {:>12} {:>9}".format(*head)]
+    for name in dict.fromkeys(result.name for result in results):
+        runs = [result for result in results if result.name == name]
+        final = [run.accuracy[-1] for run in runs]
+        accuracy = f"{statistics.mean(final):.1f} %"
+        if len(runs) > 1:
+            accuracy = f"{statistics.mean(final):.1f} +- {statistics.stdev(final):.1f} %"
+        lines.append(
+            f"{name:<21} {accuracy:>15} {runs[0].parameters:>11,} "
+            f"{statistics.median(run.step_ms for run in runs):>12.1f} "
+            f"{sum(run.seconds for run in runs):>7.0f} s"
+        )
+    return "\n".join(lines)
+
+
+def _require(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RuntimeError(
+            f"the demo also needs {', '.join(missing)}; install with: python -m pip install "
+            f"{' '.join(missing)} && python -m pip install --no-deps {PACKAGE}"
+        )

@@ -1,0 +1,357 @@
+"""The public functions: one docstring, one set of checks, two doors.
+
+NumPy arrays are checked here, made contiguous and handed to a backend; torch tensors go to
+``torch.ops.dcnlib``, where torch's dispatcher adds autograd and finds the device.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from . import _dispatch
+from ._problem import (
+    Spec,
+    cached_problem,
+    four_sides,
+    optional_integer,
+    pair,
+    type_error,
+)
+
+Array = TypeVar("Array")
+
+
+class DeformConv2dGradients(NamedTuple):
+    """Gradients of `deform_conv2d`; None where that argument was None."""
+
+    input: Any
+    offset: Any
+    weight: Any
+    bias: Any
+    mask: Any
+
+
+def deform_conv2d(
+    input: Array,
+    offset: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    mask: Array | None = None,
+    *,
+    groups: int | None = None,
+    offset_groups: int | None = None,
+    backend: str | None = None,
+) -> Array:
+    r"""Convolve with taps that sample the input at learned, fractional positions.
+
+    Deformable convolution v1 when `mask` is None, v2 (modulated) otherwise:
+
+    .. math::
+
+        y[n,o,p_0] = b[o] + \sum_{c,k} w[o,c,k] \; m[n,k,p_0] \;
+                     x\big[n, c, \; p_0 s - p + p_k d + \Delta p[n,k,p_0]\big]
+
+    where :math:`x[\cdot]` at a fractional position is the bilinear interpolation of the four
+    pixels around it.
+
+    Parameters
+    ----------
+    input : array or tensor of shape (N, C, H, W), or (C, H, W) without a batch
+        float32, float64, float16 or bfloat16 (in NumPy: ``ml_dtypes.bfloat16``). All arguments
+        share one dtype and one kind: NumPy arrays or torch tensors on one device.
+    offset : shape (N, 2*offset_groups*KH*KW, OH, OW)
+        Displacement of each tap in input pixels, not scaled by stride or dilation. Channels
+        run over (offset group, kernel row, kernel column, {y, x}): channel 0 moves the first
+        tap down, channel 1 moves it right.
+    weight : shape (O, C/groups, KH, KW)
+    bias : shape (O,), optional
+    stride, dilation : int or (h, w)
+    padding : int, (h, w), (top, bottom, left, right), "same" or "valid"
+        Zeros around the input. "same" needs stride 1.
+    mask : shape (N, offset_groups*KH*KW, OH, OW), optional
+        Factor on each sample; no activation is applied.
+    groups, offset_groups : int, optional
+        Taken from the shapes when None (``C / weight.shape[1]`` and
+        ``offset.shape[1] / (2*KH*KW)``), checked when given.
+    backend : {"cpu", "cuda", "reference"}, optional
+        None takes the one of the tensors' device. A named backend that cannot run is an error.
+
+    Returns
+    -------
+    array or tensor of shape (N, O, OH, OW), or (O, OH, OW) for an unbatched input
+        In the dtype of `input`; torch tensors carry gradients of any order.
+        ``OH = (H + top + bottom - dilation_h*(KH - 1) - 1) // stride_h + 1``.
+
+    Raises
+    ------
+    TypeError
+        For arguments of the wrong kind, mixed NumPy and torch, mixed or unsupported dtypes.
+    ValueError
+        For shapes and values that do not fit; the text names argument, expectation and value.
+    RuntimeError
+        If a named backend cannot run, with its reason.
+    MemoryError
+        If there is no memory for the result or the workspace.
+
+    Notes
+    -----
+    Border: samples at (-1, H) x (-1, W) are bilinear against zeros outside, samples further out
+    are exactly 0. The derivative with respect to an offset at an integer position is the
+    right-hand one. A NaN offset gives NaN, an infinite one samples 0 with gradient 0.
+
+    16-bit types are storage only: positions, interpolation and sums are float32.
+
+    Memory: on the CPU at most one channels-last copy of an image and about a megabyte a thread;
+    there is no column buffer. Determinism: on the CPU the same bits for any number of threads,
+    any batch around an image and any memory layout of the arguments.
+
+    References
+    ----------
+    Dai et al., Deformable Convolutional Networks, 2017, https://arxiv.org/abs/1703.06211,
+    equations 2 to 4. Zhu et al., Deformable ConvNets v2, 2019,
+    https://arxiv.org/abs/1811.11168, equation 1.
+
+    Examples
+    --------
+    Zero offsets give a plain convolution; a constant offset of one pixel to the right shifts
+    what the taps see:
+
+    >>> import numpy as np, dcnlib
+    >>> x = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    >>> weight = np.ones((1, 1, 1, 1), np.float32)
+    >>> offset = np.zeros((1, 2, 4, 4), np.float32)
+    >>> offset[:, 1] = 0.5
+    >>> dcnlib.deform_conv2d(x, offset, weight)[0, 0, 0]
+    array([0.5, 1.5, 2.5, 1.5], dtype=float32)
+    """
+    op = "deform_conv2d"
+    arrays = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
+    if _is_torch(op, arrays):
+        arguments = _arguments(op, weight, stride, padding, dilation, groups, offset_groups)
+        stride, padding, dilation, groups, offset_groups = arguments
+        return _torch_ops().deform_conv2d(
+            input, offset, weight, bias, stride, padding, dilation, mask,
+            groups=groups, offset_groups=offset_groups, backend=backend,
+        )  # fmt: skip
+    specs = {name: _spec(array) for name, array in arrays.items()}
+    arguments = _arguments(op, weight, stride, padding, dilation, groups, offset_groups)
+    problem = cached_problem(
+        op, specs["input"], specs["offset"], specs["weight"], specs["bias"], specs["mask"], None,
+        *arguments,
+    )  # fmt: skip
+    chosen = _dispatch.choose(op, backend, "cpu")
+    output = np.empty(problem.output_shape, _plain(input).dtype)
+    chosen.forward(
+        problem,
+        _plain(input).reshape(problem.input_shape),
+        _plain(offset).reshape(problem.offset_shape),
+        _plain(weight),
+        None if bias is None else _plain(bias),
+        None if mask is None else _plain(mask).reshape(problem.mask_shape),
+        output,
+    )
+    return output if problem.batched else output[0]  # type: ignore[return-value]
+
+
+def deform_conv2d_backward(
+    grad_output: Array,
+    input: Array,
+    offset: Array,
+    weight: Array,
+    bias: Array | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    mask: Array | None = None,
+    *,
+    groups: int | None = None,
+    offset_groups: int | None = None,
+    backend: str | None = None,
+) -> DeformConv2dGradients:
+    r"""Differentiate `deform_conv2d`: the gradients of ``(grad_output * output).sum()``.
+
+    With :math:`g = \partial L/\partial y` and :math:`s = x[\cdot]` the sampled values,
+
+    .. math::
+
+        \partial L/\partial w = \sum_{n,p_0} g \, m \, s, \quad
+        \partial L/\partial m = \sum_{o,c} g \, w \, s, \quad
+        \partial L/\partial \Delta p = \sum_{o,c} g \, w \, m \; \partial s/\partial p, \quad
+        \partial L/\partial b = \sum_{n,p_0} g,
+
+    and :math:`\partial L/\partial x` spreads :math:`g \, w \, m` over the four pixels around
+    each sample with their bilinear weights.
+
+    Parameters
+    ----------
+    grad_output : array or tensor in the shape and dtype of the output
+    input, offset, weight, bias, stride, padding, dilation, mask, groups, offset_groups, backend
+        As for `deform_conv2d`.
+
+    Returns
+    -------
+    DeformConv2dGradients
+        Named tuple ``(input, offset, weight, bias, mask)``, each in the shape and dtype of its
+        argument; None for a bias or mask that is None.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError, MemoryError
+        As `deform_conv2d`.
+
+    Notes
+    -----
+    Border, dtypes, determinism: as `deform_conv2d`; the samples are computed again, nothing is
+    kept from the forward call. With an empty batch the gradients of weight and bias are 0.
+
+    References
+    ----------
+    Dai et al., 2017, equations 2 to 4 and appendix A; Zhu et al., 2019, equation 1.
+
+    Examples
+    --------
+    >>> import numpy as np, dcnlib
+    >>> x = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    >>> weight = np.ones((1, 1, 1, 1), np.float32)
+    >>> offset = np.zeros((1, 2, 4, 4), np.float32)
+    >>> y = dcnlib.deform_conv2d(x, offset, weight)
+    >>> grads = dcnlib.deform_conv2d_backward(np.ones_like(y), x, offset, weight)
+    >>> grads.offset[0, :, 0, 0]  # the image rises by 4 a row and 1 a column
+    array([4., 1.], dtype=float32)
+    """
+    op = "deform_conv2d_backward"
+    arrays = {
+        "grad_output": grad_output,
+        "input": input,
+        "offset": offset,
+        "weight": weight,
+        "bias": bias,
+        "mask": mask,
+    }
+    if _is_torch(op, arrays):
+        arguments = _arguments(op, weight, stride, padding, dilation, groups, offset_groups)
+        stride, padding, dilation, groups, offset_groups = arguments
+        grads = _torch_ops().deform_conv2d_backward(
+            grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
+            groups, offset_groups, backend, [True, True, True, bias is not None, mask is not None],
+        )  # fmt: skip
+        return DeformConv2dGradients(
+            *grads[:3],
+            None if bias is None else grads[3],
+            None if mask is None else grads[4],
+        )
+    specs = {name: _spec(array) for name, array in arrays.items()}
+    arguments = _arguments(op, weight, stride, padding, dilation, groups, offset_groups)
+    problem = cached_problem(
+        op, specs["input"], specs["offset"], specs["weight"], specs["bias"], specs["mask"],
+        specs["grad_output"], *arguments,
+    )  # fmt: skip
+    chosen = _dispatch.choose(op, backend, "cpu")
+    dtype = _plain(input).dtype
+    grads = DeformConv2dGradients(
+        np.empty(problem.input_shape, dtype),
+        np.empty(problem.offset_shape, dtype),
+        np.empty(problem.weight_shape, dtype),
+        None if bias is None else np.empty(problem.bias_shape, dtype),
+        None if mask is None else np.empty(problem.mask_shape, dtype),
+    )
+    chosen.backward(
+        problem,
+        _plain(grad_output).reshape(problem.output_shape),
+        _plain(input).reshape(problem.input_shape),
+        _plain(offset).reshape(problem.offset_shape),
+        _plain(weight),
+        None if mask is None else _plain(mask).reshape(problem.mask_shape),
+        grads,
+    )
+    if problem.batched:
+        return grads
+    return grads._replace(
+        input=grads.input[0],
+        offset=grads.offset[0],
+        mask=None if mask is None else grads.mask[0],
+    )
+
+
+def _is_torch(op: str, arrays: dict[str, Any]) -> bool:
+    """True if every argument is a torch tensor, False if every one is a NumPy array."""
+    torch = sys.modules.get("torch")  # never imported: then nothing can be a tensor
+    tensor = getattr(torch, "Tensor", ())
+    first = isinstance(arrays["input"], tensor)
+    wanted = "torch.Tensor" if first else "numpy.ndarray"
+    for name, array in arrays.items():
+        if array is None and name in ("bias", "mask"):
+            continue
+        if first and isinstance(array, tensor):
+            continue
+        if not first and isinstance(array, np.ndarray) and not _is_masked(array):
+            continue
+        raise type_error(
+            op,
+            name,
+            "arguments must be all NumPy arrays or all torch tensors",
+            wanted,
+            f"{type(array).__module__}.{type(array).__qualname__}",
+            "convert with numpy.asarray or torch.as_tensor",
+        )
+    return first
+
+
+def _is_masked(array: np.ndarray) -> bool:
+    """A masked array would silently lose what it masks."""
+    return type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray)
+
+
+def _arguments(
+    op: str,
+    weight: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: Any,
+    offset_groups: Any,
+) -> tuple:
+    """stride, padding (four sides), dilation, groups, offset_groups as plain ints."""
+    stride = pair(op, "stride", stride)
+    dilation = pair(op, "dilation", dilation)
+    if padding == "same" and len(weight.shape) != 4:
+        padding = 0  # the weight's rank is what is wrong, and is what the check will name
+    return (
+        stride,
+        four_sides(op, padding, weight.shape[-2:], stride, dilation),
+        dilation,
+        optional_integer(op, "groups", groups),
+        optional_integer(op, "offset_groups", offset_groups),
+    )
+
+
+def _spec(array: np.ndarray | None) -> Spec | None:
+    return None if array is None else (array.shape, _dtype_name(array.dtype))
+
+
+@cache
+def _dtype_name(dtype: np.dtype) -> str:
+    return dtype.name
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """`array` as native backends read it: base class, C order, aligned, native byte order."""
+    flags = array.flags
+    if type(array) is np.ndarray and flags.c_contiguous and flags.aligned and array.dtype.isnative:
+        return array
+    native = array.dtype.newbyteorder("=")
+    return np.require(np.asarray(array), native, ("C_CONTIGUOUS", "ALIGNED"))
+
+
+@cache
+def _torch_ops():
+    from . import torch_ops
+
+    return torch_ops

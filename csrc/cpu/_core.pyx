@@ -1,0 +1,210 @@
+# The CPU orchestrator: fills the C structs, allocates, and runs the kernels' tasks on a team.
+#
+# Everything parallel happens here, in `execute`; the kernels see one task at a time. Operands are
+# integer addresses (torch) or objects with a contiguous buffer (NumPy), checked by the callers.
+#
+# cython: cdivision=True
+import warnings
+
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cython.parallel cimport parallel, prange, threadid
+from libc.stdint cimport int64_t, uintptr_t
+from libc.stdlib cimport free
+from libc.string cimport memset
+
+from dcn_cpu cimport *
+
+cdef extern from "<stdlib.h>" nogil:
+    int posix_memalign(void **memory, size_t alignment, size_t bytes)
+
+cdef enum:
+    LINE = 64  # bytes of a cache line: what workspaces are aligned to
+    # Multiply-adds that are worth another thread: some 20 microseconds of one core. Waking a team
+    # costs 5 to 15.
+    WORK_OF_A_THREAD = 1 << 20
+
+cdef const dcn_cpu_kernels *kernels = dcn_cpu_usable()[0]
+
+dcn_threads_init()
+
+
+def openmp() -> bool:
+    """Whether OpenMP was compiled in."""
+    return dcn_threads_openmp() != 0
+
+
+def built() -> list[str]:
+    """The instruction sets in this build, best first."""
+    return names(dcn_cpu_built())
+
+
+def usable() -> list[str]:
+    """Those that this processor can run, best first."""
+    return names(dcn_cpu_usable())
+
+
+def isa() -> str:
+    """The one in use."""
+    return kernels.isa.decode()
+
+
+def use(name: str) -> None:
+    """Take a usable instruction set for all later calls."""
+    global kernels
+    kernels = dcn_cpu_usable()[usable().index(name)]
+
+
+def forward(problem, num_threads, input, offset, weight, bias, mask, output) -> None:
+    """Fill `output`."""
+    cdef dcn_params params
+    cdef dcn_tensors tensors
+    fill_params(problem, &params)
+    memset(&tensors, 0, sizeof(tensors))
+    tensors.input = address(input, False)
+    tensors.offset = address(offset, False)
+    tensors.weight = address(weight, False)
+    tensors.bias = address(bias, False)
+    tensors.mask = address(mask, False)
+    tensors.output = address(output, True)
+    execute(&params, &tensors, DCN_FORWARD, 0, num_threads)
+
+
+def backward(
+    problem, num_threads, grad_output, input, offset, weight, mask,
+    grad_input, grad_offset, grad_weight, grad_bias, grad_mask,
+) -> None:
+    """Fill the gradients that are not None."""
+    cdef dcn_params params
+    cdef dcn_tensors tensors
+    cdef int wanted = 0
+    fill_params(problem, &params)
+    memset(&tensors, 0, sizeof(tensors))
+    tensors.grad_output = address(grad_output, False)
+    tensors.input = address(input, False)
+    tensors.offset = address(offset, False)
+    tensors.weight = address(weight, False)
+    tensors.mask = address(mask, False)
+    tensors.grad_input = address(grad_input, True)
+    tensors.grad_offset = address(grad_offset, True)
+    tensors.grad_weight = address(grad_weight, True)
+    tensors.grad_bias = address(grad_bias, True)
+    tensors.grad_mask = address(grad_mask, True)
+    wanted |= DCN_GRAD_INPUT if grad_input is not None else 0
+    wanted |= DCN_GRAD_OFFSET if grad_offset is not None else 0
+    wanted |= DCN_GRAD_WEIGHT if grad_weight is not None else 0
+    wanted |= DCN_GRAD_BIAS if grad_bias is not None else 0
+    wanted |= DCN_GRAD_MASK if grad_mask is not None else 0
+    execute(&params, &tensors, DCN_BACKWARD, wanted, num_threads)
+
+
+cdef list names(const dcn_cpu_kernels *const *tables):
+    cdef int i = 0
+    found = []
+    while tables[i] != NULL:
+        found.append(tables[i].isa.decode())
+        i += 1
+    return found
+
+
+cdef int fill_params(problem, dcn_params *params) except -1:
+    (
+        params.batch, params.in_channels, params.in_h, params.in_w,
+        params.out_channels, params.kernel_h, params.kernel_w, params.out_h, params.out_w,
+        params.stride_h, params.stride_w, params.pad_top, params.pad_left,
+        params.dilation_h, params.dilation_w, params.groups, params.offset_groups,
+        dtype, _, _, _, channels_last,
+    ) = problem
+    params.dtype = DTYPES[dtype]
+    params.layout = DCN_NHWC if channels_last else DCN_NCHW
+    return 0
+
+
+DTYPES = {
+    "float32": DCN_FLOAT32,
+    "float64": DCN_FLOAT64,
+    "float16": DCN_FLOAT16,
+    "bfloat16": DCN_BFLOAT16,
+}
+
+
+cdef void *address(operand, bint write) except? NULL:
+    cdef Py_buffer view
+    cdef void *memory
+    if operand is None:
+        return NULL
+    if isinstance(operand, int):
+        return <void *><uintptr_t>operand
+    PyObject_GetBuffer(operand, &view, PyBUF_WRITABLE if write else PyBUF_SIMPLE)
+    memory = view.buf
+    PyBuffer_Release(&view)  # the caller holds the array until the call ends
+    return memory
+
+
+cdef int execute(
+    dcn_params *params, dcn_tensors *tensors, int direction, int wanted, int64_t num_threads
+) except -1:
+    cdef const dcn_cpu_kernels *table = kernels
+    cdef dcn_cpu_plan plan
+    cdef dcn_cpu_call call
+    cdef int threads, allowed, short_of_threads = 0
+    cdef size_t shared_bytes
+    cdef void *memory = NULL
+    cdef char *scratch
+    cdef int64_t most
+
+    with nogil:
+        table.plan(params, direction, wanted, 1, &plan)
+        most = max(<int64_t>1, min(num_threads, plan.work // WORK_OF_A_THREAD))
+        allowed = dcn_threads_allowed(<int>most, &short_of_threads)
+        threads = allowed
+        if threads > 1:
+            table.plan(params, direction, wanted, threads, &plan)
+        shared_bytes = (plan.shared_bytes + LINE - 1) // LINE * LINE
+        call.params, call.tensors, call.plan = params, tensors, &plan
+        if posix_memalign(&memory, LINE, shared_bytes + threads * plan.scratch_bytes + LINE) == 0:
+            call.shared = memory
+            scratch = <char *>memory + shared_bytes
+            if threads > 1:
+                run_team(table, &call, scratch, threads)
+            else:
+                run_alone(table, &call, scratch)
+            free(memory)
+        else:
+            memory = NULL
+    if memory == NULL:
+        raise MemoryError(
+            f"deform_conv2d: workspace: does not fit into memory; expected room for "
+            f"{shared_bytes + threads * plan.scratch_bytes} bytes; use a smaller batch or image"
+        )
+    if short_of_threads:
+        warnings.warn(
+            f"dcnlib: {most} threads cannot be created, {threads} are used; "
+            "raise the limit or call dcnlib.set_num_threads",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return 0
+
+
+cdef void run_alone(
+    const dcn_cpu_kernels *table, const dcn_cpu_call *call, char *scratch
+) noexcept nogil:
+    cdef int64_t wave, phase, task
+    for wave in range(call.plan.waves):
+        for phase in range(call.plan.phases):
+            for task in range(call.plan.tasks[phase]):
+                table.run(call, wave, phase, task, scratch)
+
+
+cdef void run_team(
+    const dcn_cpu_kernels *table, const dcn_cpu_call *call, char *scratch, int threads
+) noexcept nogil:
+    # One team for the whole call; each inner loop ends with a barrier.
+    cdef int64_t wave = 0, phase = 0, task
+    cdef char *mine = scratch
+    with parallel(num_threads=threads):
+        mine = scratch + threadid() * call.plan.scratch_bytes
+        for wave in range(call.plan.waves):
+            for phase in range(call.plan.phases):
+                for task in prange(call.plan.tasks[phase], schedule="dynamic", chunksize=1):
+                    table.run(call, wave, phase, task, mine)

@@ -1,0 +1,25 @@
+/* The process hazards of OpenMP, each answered by one function: the caller asks before every team. */
+#ifndef DCN_THREADS_H
+#define DCN_THREADS_H
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Call once, before the first team: from then on a forked child is known to be one. */
+void dcn_threads_init(void);
+
+/* How many threads a team may have now, at most `wanted`:
+ *   1 in a forked child    libgomp's threads do not survive a fork, a team would wait for ever
+ *   1 inside a region      whoever opened it has shared the cores already
+ *   fewer if threads cannot be created: libgomp would end the process, so this asks first, once
+ *   for each calling thread and size (`short_of_threads` is then set to 1) */
+int dcn_threads_allowed(int wanted, int *short_of_threads);
+
+/* Whether OpenMP was compiled in. */
+int dcn_threads_openmp(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,53 @@
+"""The CPU backend: the compiled core behind the contract of `dcnlib.backends`."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ... import _config
+
+try:
+    from . import _core
+except ImportError as error:
+    raise ImportError(
+        "dcnlib: its compiled part is missing or does not load "
+        f"({error}); in a source folder run: python -m pip install -e . "
+        "(or start Python in another folder to use an installed dcnlib)"
+    ) from error
+
+name = "cpu"
+
+
+def why_not(device: str) -> str | None:
+    """None on CPUs; the reason elsewhere."""
+    if device == "cpu":
+        return None
+    return f"it computes on the CPU; move the tensors there with .cpu() (they are on {device})"
+
+
+def forward(problem, input, offset, weight, bias, mask, output, num_threads=None) -> None:
+    """Fill `output`; operands as in `dcnlib.backends`."""
+    if problem.dtype == "bfloat16":
+        input, offset, weight, bias, mask, output = map(
+            _storage, (input, offset, weight, bias, mask, output)
+        )
+    threads = _config.num_threads() if num_threads is None else num_threads
+    _core.forward(problem, threads, input, offset, weight, bias, mask, output)
+
+
+def backward(
+    problem, grad_output, input, offset, weight, mask, grads, num_threads=None
+) -> None:
+    """Fill the wanted `grads`; operands as in `dcnlib.backends`."""
+    if problem.dtype == "bfloat16":
+        grad_output, input, offset, weight, mask = map(
+            _storage, (grad_output, input, offset, weight, mask)
+        )
+        grads = map(_storage, grads)
+    threads = _config.num_threads() if num_threads is None else num_threads
+    _core.backward(problem, threads, grad_output, input, offset, weight, mask, *grads)
+
+
+def _storage(operand):
+    """NumPy lends no buffer of a dtype that is not its own: bfloat16 goes as its bits."""
+    return operand.view(np.uint16) if isinstance(operand, np.ndarray) else operand

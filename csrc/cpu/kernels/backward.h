@@ -41,7 +41,7 @@ constexpr int64_t BACKWARD_WAVE_BYTES = 8 << 20; /* memory of a wave's images, b
 constexpr int64_t WAVE_IMAGES = 16;
 constexpr int64_t BAND_PIXELS = 512; /* a band has at least this many */
 constexpr int64_t MOST_BANDS = 4;    /* slabs * bands beyond which slabs alone are enough */
-constexpr int64_t SUM_RUN = 512;     /* values summed in A before they go into a double */
+constexpr int64_t SUM_RUN = 512;     /* values of grad_bias summed in A before they go into a double */
 constexpr int64_t BIAS_OUTPUTS = 16; /* outputs of one bias task, of one grad_weight task */
 
 template <class A>
@@ -136,7 +136,7 @@ struct BackwardShared {
     input = arena.take<A>(b.need_input ? b.wave * b.owners() * b.plane : 0);
     sums = arena.take<A>(b.need_samples_gradient ? b.wave * b.pairs * 3 * taps_of(p) * pixels : 0);
     share = arena.take<A>(b.need_weight ? b.wave * b.owners() * group_out(p) * b.share_row : 0);
-    bias = arena.take<double>(b.need_bias ? p.out_channels : 0);
+    bias = arena.take<double>(b.need_bias ? 2 * p.out_channels : 0);
   }
 };
 
@@ -305,34 +305,46 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
   }
 }
 
+/* The sum of a run: 32 interleaved sums, then a tree, so that errors hardly grow with the count. */
+template <class A>
+static A sum_run(const A *row, int64_t count) {
+  A part[32] = {};
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32)
+    for (int64_t j = 0; j < 32; j++) part[j] += row[i + j];
+  for (int64_t j = 0; i + j < count; j++) part[j] += row[i + j];
+  for (int64_t width = 16; width; width /= 2)
+    for (int64_t j = 0; j < width; j++) part[j] += part[j + width];
+  return part[0];
+}
+
+/* grad_bias of BIAS_OUTPUTS outputs: runs in A, their total in double with its rounding errors kept
+ * (`sums` holds total and error of every output between waves). */
 template <class A>
 static void sum_bias(const Backward<A> &b, const dcn_tensors &tensors, double *sums, int64_t task,
                      int64_t first_image, int64_t images, bool first_wave, bool last_wave, A *row) {
   const dcn_params &p = b.p;
-  typedef typename Vector<A>::V V;
-  constexpr int64_t L = Vector<A>::lanes;
+  const bool nhwc = p.layout == DCN_NHWC;
   const int64_t begin = task * BIAS_OUTPUTS, end = min(begin + BIAS_OUTPUTS, p.out_channels);
   const int64_t plane = plane_out(p);
   for (int64_t o = begin; o < end; o++) {
-    double total = first_wave ? 0 : sums[o];
+    double total = first_wave ? 0 : sums[2 * o], error = first_wave ? 0 : sums[2 * o + 1];
     for (int64_t image = first_image; image < first_image + images; image++)
       for (int64_t first = 0; first < plane; first += SUM_RUN) {
         const int64_t count = min(SUM_RUN, plane - first);
-        const bool nhwc = p.layout == DCN_NHWC;
         read_row(tensors.grad_output, p.dtype,
                  nhwc ? (image * plane + first) * p.out_channels + o
                       : (image * p.out_channels + o) * plane + first,
                  nhwc ? p.out_channels : 1, count, row);
-        V acc = V{};
-        int64_t i = 0;
-        for (; i + L <= count; i += L) acc += load(row + i);
-        A lane[L];
-        store(lane, acc);
-        for (int64_t j = 0; j < L; j++) total += (double)lane[j];
-        for (; i < count; i++) total += (double)row[i];
+        const double value = (double)sum_run(row, count), sum = total + value;
+        const double kept = sum - total;
+        error += (total - (sum - kept)) + (value - kept);
+        total = sum;
       }
-    sums[o] = total;
-    const A rounded = (A)total;
+    sums[2 * o] = total;
+    sums[2 * o + 1] = error;
+    /* An infinite or NaN total has no error to add. */
+    const A rounded = (A)(total - total == 0 ? total + error : total);
     if (last_wave) write_row(tensors.grad_bias, p.dtype, o, 1, 1, &rounded);
   }
 }

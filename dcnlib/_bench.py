@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _config
-from ._info import cpu_model
+from ._info import cpu_model, version_of
 from ._version import __version__
 from .functional import deform_conv2d, deform_conv2d_backward
 
@@ -95,7 +95,7 @@ def bench(rounds: int = 5, layers: tuple[Layer, ...] = LAYERS) -> dict[str, Any]
         "threads": 1,
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
-        "versions": {name: _version_of(name) for name in ("numpy", "torch", "torchvision")},
+        "versions": {name: version_of(name) for name in ("numpy", "torch", "torchvision")},
         "against": rivals,
         "rounds": rounds,
         "rows": rows,
@@ -277,12 +277,3 @@ def _machine(report: dict[str, Any]) -> str:
         f"{report['cpu']}, {report['isa']}, one thread, {report['date']}, "
         f"dcnlib {report['dcnlib']}, Python {report['python']}, {versions}"
     )
-
-
-def _version_of(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

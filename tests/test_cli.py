@@ -1,0 +1,190 @@
+"""`python -m dcnlib info` and `bench`: their reports, for people and for programs. `demo` has its own."""
+
+import json
+
+import isolated
+import pytest
+
+import dcnlib
+from dcnlib import __main__, _bench, _config, _info
+from dcnlib.backends.cpu import _core
+
+TINY = (_bench.Layer(4, 4, 8, 3), _bench.Layer(4, 4, 8, 3, groups=4))
+
+
+@pytest.fixture
+def report():
+    return _info.collect()
+
+
+@pytest.fixture(scope="module")
+def timings():
+    return _bench.bench(1, TINY)
+
+
+def run(capsys, *arguments):
+    status = __main__.main(list(arguments))
+    return (status, *capsys.readouterr())
+
+
+class TestInfo:
+    def test_json_is_the_report(self, capsys, report):
+        status, out, _ = run(capsys, "info", "--json")
+        assert status == 0
+        assert json.loads(out) == report
+
+    def test_text_names_every_part(self, capsys, report):
+        status, out, _ = run(capsys, "info")
+        assert status == 0
+        words = [dcnlib.__version__, report["cpu"], *report["backends"], *report["isa"]["built"]]
+        for word in words:
+            assert word in out
+        for sentence in report["advice"]:
+            assert sentence in out
+
+    def test_show_config_prints_it(self, capsys, report):
+        dcnlib.show_config()
+        assert capsys.readouterr().out == _info.text(report) + "\n"
+
+    def test_backends_have_reasons(self, report):
+        assert report["backends"]["reference"]["available"]
+        for name, status in report["backends"].items():
+            assert status["reason"], name
+
+    def test_isa(self, report):
+        assert report["isa"]["used"] == dcnlib.cpu_isa()
+        assert set(report["isa"]["usable"]) <= set(report["isa"]["built"])
+
+    def test_whole_command_in_a_fresh_process(self):
+        child = isolated.python(
+            "import runpy, sys; sys.argv[1:] = ['info', '--json']; "
+            "runpy.run_module('dcnlib', run_name='__main__')",
+            DCNLIB_CPU_ISA="scalar",
+            DCNLIB_NUM_THREADS="1",
+        )
+        assert child.returncode == 0, child.stderr
+        report = json.loads(child.stdout)
+        assert report["isa"] == {
+            "used": "scalar",
+            "usable": _core.usable(),
+            "built": _core.built(),
+            "limit": "scalar",
+        }
+        assert report["threads"]["used"] == 1
+        assert report["threads"]["decided_by"] == "DCNLIB_NUM_THREADS"
+        if _core.usable() != ["scalar"]:
+            assert any("DCNLIB_CPU_ISA=scalar" in sentence for sentence in report["advice"])
+
+    def test_advice_when_there_is_nothing_to_say(self, report):
+        report["openmp"] = {"built": True, "runtimes": ["/lib/libgomp.so.1"]}
+        report["threads"] = {"used": 4, "decided_by": "usable cores", "usable_cores": 4}
+        report["isa"] = {"used": "avx2", "usable": ["avx2"], "built": ["avx2"], "limit": None}
+        report["packages"] = dict.fromkeys(report["packages"], "1.0")
+        assert _info._advice(report) == []
+
+    @pytest.mark.parametrize(
+        ("part", "change", "words"),
+        [
+            ("openmp", {"built": False}, "without OpenMP"),
+            ("openmp", {"built": True, "runtimes": ["/lib/libgomp.so.1", "/lib/libomp.so"]},
+             "more than one OpenMP runtime"),
+            ("threads", {"used": 1, "usable_cores": 8, "decided_by": "OMP_NUM_THREADS"},
+             "OMP_NUM_THREADS keeps dcnlib to 1 of 8 cores"),
+            ("isa", {"used": "avx2", "usable": ["avx512", "avx2"]}, "where avx512 would run"),
+            ("packages", {"torch": None}, "pip install torch"),
+            ("packages", {"ml_dtypes": None}, "pip install ml_dtypes"),
+        ],
+        ids=["no_openmp", "two_runtimes", "few_threads", "isa_limit", "no_torch", "no_ml_dtypes"],
+    )  # fmt: skip
+    def test_advice(self, report, part, change, words):
+        report["openmp"]["built"] = True
+        report[part] |= change
+        assert any(words in sentence for sentence in _info._advice(report))
+
+    def test_summary_is_one_line(self):
+        line = _info.summary()
+        assert "\n" not in line
+        assert dcnlib.cpu_isa() in line
+        assert dcnlib.__version__ in line
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        ("/usr/lib/x86_64-linux-gnu/libgomp.so.1.0.0", True),
+        ("/site-packages/torch/lib/libgomp.so.1", True),
+        ("/site-packages/torch/lib/libgomp-a34b3233.so.1", True),
+        ("/usr/lib/llvm-14/lib/libomp.so.5", True),
+        ("/opt/homebrew/lib/libomp.dylib", True),
+        ("/opt/intel/libiomp5.so", True),
+        ("/usr/lib/libompl.so.1", False),
+        ("/usr/lib/libm.so.6", False),
+    ],
+)
+def test_openmp_runtime_names(path, found):
+    assert bool(_info._RUNTIME.search(path)) == found
+
+
+class TestBench:
+    def test_rows(self, timings):
+        names = [(row["layer"], row["pass"]) for row in timings["rows"]]
+        assert names == [(str(layer), p) for layer in TINY for p in _bench._PASSES]
+        for row in timings["rows"]:
+            assert row["ms"] > 0
+            assert row["gflops"] > 0
+            assert all(row[f"ratio_{rival}"] > 0 for rival in timings["against"])
+
+    def test_restores_threads(self, timings):
+        assert _config._explicit_threads is None
+        before = dcnlib.get_num_threads()
+        _bench.bench(1, TINY[:1])
+        assert dcnlib.get_num_threads() == before
+        assert _config._explicit_threads is None
+
+    def test_json_holds_it(self, timings):
+        assert json.loads(json.dumps(timings)) == timings
+
+    def test_text_has_a_line_for_each_row(self, timings):
+        assert len(_bench.text(timings).splitlines()) >= 3 + len(timings["rows"])
+
+    def test_write_replaces_only_the_block(self, timings, tmp_path):
+        page = tmp_path / "page.md"
+        begin, end = _bench._MARKERS
+        page.write_text(f"before\n{begin} (a remark) -->\nold\n{end}\nafter\n")
+        for _ in range(2):
+            _bench.write(page, _bench.markdown(timings))
+        text = page.read_text()
+        assert text.startswith(f"before\n{begin} (a remark) -->\n\n| layer")
+        assert text.endswith(f"\n\n{end}\nafter\n")
+        assert "old" not in text
+        assert text.count("depthwise") == 1
+
+    def test_write_needs_markers(self, timings, tmp_path):
+        page = tmp_path / "page.md"
+        page.write_text("nothing\n")
+        with pytest.raises(ValueError, match="needs one block"):
+            _bench.write(page, "table")
+        assert page.read_text() == "nothing\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bench", "--rounds", "0"], "bench: rounds: must be positive; expected 1 or more, got 0"),
+        (["bench", "--rounds", "-3"], "got -3"),
+    ],
+)
+def test_errors_are_one_line(capsys, arguments, words):
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith("dcnlib: ")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["info", "--yaml"], ["demo", "--size", "9"]])
+def test_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as end:
+        __main__.main(arguments)
+    assert end.value.code == 2
+    assert "usage: python -m dcnlib" in capsys.readouterr().err

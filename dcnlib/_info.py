@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import re
@@ -20,7 +19,7 @@ from .backends.cpu import _core
 
 _PACKAGES = ("numpy", "torch", "ml_dtypes")
 #: File names of the OpenMP runtimes of GCC, LLVM and Intel, as they appear among mapped libraries.
-_RUNTIME = re.compile(r"/lib(?:gomp|omp|iomp5)[-.\w]*\.(?:so[.\d]*|dylib)$")
+_RUNTIME = re.compile(r"/lib(?:gomp|omp|iomp5)(?:-\w+)?\.(?:so[.\d]*|dylib)$")
 
 
 def show_config() -> None:
@@ -160,12 +159,10 @@ def _torch_threads() -> int | None:
 
 
 def version_of(package: str) -> str | None:
-    """The installed version; None where the package cannot be imported."""
+    """The installed version, None without one; the package is not imported."""
     from importlib import metadata
 
-    if importlib.util.find_spec(package) is None:
-        return None
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "unknown"
+        return None

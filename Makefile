@@ -46,12 +46,13 @@ bench: $(VENV)/built
 
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 
+lint: export PATH := $(CURDIR)/$(BIN):$(PATH)
 lint: $(VENV)/tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/cython-lint csrc
-	$(BIN)/mypy
+	$(BIN)/mypy --no-error-summary
 
 format: $(VENV)/tools
 	$(BIN)/ruff check --fix .

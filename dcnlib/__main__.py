@@ -39,9 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument(
         "--quick", dest="size", action="store_const", const="quick", help="seconds; only a check"
     )
-    size.add_argument(
-        "--full", dest="size", action="store_const", const="full", help="three seeds"
-    )
+    size.add_argument("--full", dest="size", action="store_const", const="full", help="three seeds")
     demo.add_argument("--output", metavar="DIR", default="demo-output", help="for the picture")
     demo.add_argument("--seed", type=int, default=0, help="of the networks (default 0)")
     demo.set_defaults(run=_demo, size="default")
@@ -59,7 +57,9 @@ def _bench(options: argparse.Namespace) -> None:
     from . import _bench as module
 
     if options.rounds < 1:
-        raise ValueError(f"bench: rounds: must be positive; expected 1 or more, got {options.rounds}")
+        raise ValueError(
+            f"bench: rounds: must be positive; expected 1 or more, got {options.rounds}"
+        )
     report = module.bench(options.rounds)
     if options.json:
         print(json.dumps(report, indent=2))

@@ -112,7 +112,7 @@ def cpu_model() -> str:
 
 
 def openmp_runtimes() -> list[str]:
-    """Paths of the OpenMP runtimes that this process has loaded (Linux; elsewhere unknown: empty)."""
+    """Paths of the OpenMP runtimes in this process; unknown, so none, where there is no /proc."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""`python -m dcnlib info` and `bench`: their reports, for people and for programs. `demo` has its own."""
+"""`python -m dcnlib info` and `bench`: reports for people and for programs."""
 
 import json
 
@@ -182,7 +182,9 @@ def test_errors_are_one_line(capsys, arguments, words):
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [[], ["nothing"], ["info", "--yaml"], ["demo", "--size", "9"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["nothing"], ["info", "--yaml"], ["demo", "--size", "9"]]
+)
 def test_usage(capsys, arguments):
     with pytest.raises(SystemExit) as end:
         __main__.main(arguments)

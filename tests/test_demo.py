@@ -112,7 +112,9 @@ class TestRun:
         assert re.search(r"dcnlib [\d.]+: cpu backend, \w+, \d+ threads? \(", outcome[1])
 
     def test_table(self, outcome):
-        rows = re.findall(r"^(\S.* layers) +(\d+\.\d) % +([\d,]+) +(\d+\.\d) +\d+ s$", outcome[1], re.M)
+        rows = re.findall(
+            r"^(\S.* layers) +(\d+\.\d) % +([\d,]+) +(\d+\.\d) +\d+ s$", outcome[1], re.M
+        )
         from dcnlib.demo import networks
 
         assert [row[0] for row in rows] == list(networks.NAMES)
@@ -143,7 +145,9 @@ class TestNetworks:
     def test_same_reach_and_size(self):
         from dcnlib.demo import networks
 
-        sizes = [sum(p.numel() for p in networks.build(name).parameters()) for name in networks.NAMES]
+        sizes = [
+            sum(p.numel() for p in networks.build(name).parameters()) for name in networks.NAMES
+        ]
         plain, deeper, deformable = sizes
         assert plain < deeper < deformable < 1.2 * deeper
 

@@ -1,4 +1,4 @@
-"""README, docs and docstrings: every example runs, results in comments are right, links lead somewhere."""
+"""README, docs and docstrings: examples run, results in comments hold, links lead somewhere."""
 
 import ast
 import doctest
@@ -16,7 +16,11 @@ import dcnlib
 from dcnlib import _config
 
 ROOT = Path(__file__).parent.parent
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("*/README.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted(ROOT.glob("docs/*.md")),
+    *sorted(ROOT.glob("*/README.md")),
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 #: A comment after an example that is its value, or its shape.

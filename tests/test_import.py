@@ -100,7 +100,9 @@ def source_only(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("code", ["import dcnlib", "import dcnlib.testing", "from dcnlib import nn"])
+@pytest.mark.parametrize(
+    "code", ["import dcnlib", "import dcnlib.testing", "from dcnlib import nn"]
+)
 def test_missing_core_says_what_to_do(source_only, code):
     child = isolated.python(code, PYTHONPATH=str(source_only))
     assert child.returncode == 1

@@ -1,4 +1,4 @@
-"""What is promised about the package as a whole: contents, metadata, flags, and nothing of a machine."""
+"""What is promised about the package as a whole: contents, metadata, flags, portability."""
 
 import ast
 import os
@@ -20,7 +20,21 @@ from dcnlib.backends.cpu import _core
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(dcnlib.__file__).parent
-TEXT = {".py", ".pyx", ".pxd", ".h", ".inc", ".cpp", ".cu", ".cuh", ".md", ".toml", ".cff", ".in", ""}
+TEXT = {
+    ".py",
+    ".pyx",
+    ".pxd",
+    ".h",
+    ".inc",
+    ".cpp",
+    ".cu",
+    ".cuh",
+    ".md",
+    ".toml",
+    ".cff",
+    ".in",
+    "",
+}
 
 
 @pytest.fixture(scope="session")
@@ -100,8 +114,8 @@ import numpy as np
 import dcnlib
 dcnlib.set_num_threads({threads})
 tiny = np.float32(1e-41)
-x = np.full((4, 8, 64, 64), tiny)
-y = dcnlib.deform_conv2d(x, np.zeros((4, 2, 64, 64), np.float32), np.ones((64, 8, 1, 1), np.float32))
+x, offset = np.full((4, 8, 64, 64), tiny), np.zeros((4, 2, 64, 64), np.float32)
+y = dcnlib.deform_conv2d(x, offset, np.ones((64, 8, 1, 1), np.float32))
 assert (y == 8 * tiny).all(), y.ravel()[:4]
 assert tiny * np.float32(0.5) > 0
 """
@@ -109,7 +123,7 @@ assert tiny * np.float32(0.5) > 0
         assert child.returncode == 0, child.stderr
 
 
-class TestNothingOfAMachine:
+class TestNoTraceOfAMachine:
     def test_no_paths_in_the_compiled_part(self):
         binary = Path(_core.__file__).read_bytes()
         for path in {str(ROOT), os.path.expanduser("~"), sys.prefix} - {"/", "/root", "/usr"}:
@@ -142,7 +156,9 @@ def test_sdist_is_complete(tracked, tmp_path):
     (archive,) = (tree / "out").iterdir()
     with tarfile.open(archive) as tar:
         packed = {name.partition("/")[2] for name in tar.getnames() if tar.getmember(name).isfile()}
-    generated = {name for name in packed if re.match(r"PKG-INFO|setup\.cfg|dcnlib\.egg-info/", name)}
+    generated = {
+        name for name in packed if re.match(r"PKG-INFO|setup\.cfg|dcnlib\.egg-info/", name)
+    }
     expected = {path.relative_to(ROOT).as_posix() for path in tracked}
     checkout_only = {name for name in expected if re.match(r"\.gitignore|asv_bench/results/", name)}
     assert packed - generated == expected - checkout_only

@@ -24,7 +24,7 @@ def draw(results: list[Result], test: Digits, path: Path) -> None:
     with matplotlib.rc_context({"font.size": 10, "text.color": _INK, "axes.labelcolor": _INK}):
         figure = Figure(figsize=(10.5, 6.6), dpi=120, layout="constrained", facecolor="white")
         above, below = figure.subfigures(2, 1, height_ratios=[1, 1.35], hspace=0.04)
-        deformable = [r for r in results if r.name == DEFORMABLE][0]
+        deformable = next(r for r in results if r.name == DEFORMABLE)
         _draw_samples(above, deformable.network, test)
         _draw_curves(below, results)
         figure.savefig(path)

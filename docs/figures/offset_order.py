@@ -56,12 +56,18 @@ strip.axis("off")
 for k, (i, j) in enumerate(TAPS):
     cell(kernel, j * 1.65, -i * 1.35, f"{2 * k}, {2 * k + 1}", "#eef1f4", width=1.4)
 start = (2 * 1.65 + 0.7, 0.5)
-kernel.annotate("", (start[0], -0.62), (start[0], 0.2), zorder=5, arrowprops={
-    "arrowstyle": "-|>", "color": CENTRE, "lw": 1.6, "mutation_scale": 12, "shrinkA": 0})  # fmt: skip
-kernel.annotate("", (start[0] + 1.6, 0.5), (start[0] + 0.5, 0.5), zorder=5, arrowprops={
-    "arrowstyle": "-|>", "color": MOVED, "lw": 1.6, "mutation_scale": 12, "shrinkA": 0})  # fmt: skip
-kernel.text(start[0] + 0.85, -0.18, "4 moves down", color=CENTRE, fontsize=9, weight="bold", va="center")
-kernel.text(start[0] + 0.85, 0.9, "5 moves right", color=MOVED, fontsize=9, weight="bold", va="center")
+arrow = {"arrowstyle": "-|>", "lw": 1.6, "mutation_scale": 12, "shrinkA": 0}
+for tip, tail, colour in (
+    ((start[0], -0.62), (start[0], 0.2), CENTRE),
+    ((start[0] + 1.6, 0.5), (start[0] + 0.5, 0.5), MOVED),
+):
+    kernel.annotate("", tip, tail, zorder=5, arrowprops=arrow | {"color": colour})
+kernel.text(
+    start[0] + 0.85, -0.18, "4 moves down", color=CENTRE, fontsize=9, weight="bold", va="center"
+)
+kernel.text(
+    start[0] + 0.85, 0.9, "5 moves right", color=MOVED, fontsize=9, weight="bold", va="center"
+)
 kernel.text(0, 2.0, "the taps of a 3 x 3 kernel", fontsize=10.5, weight="bold")
 kernel.set_xlim(-0.4, 7.2)
 kernel.set_ylim(-4.6, 2.65)

@@ -6,6 +6,7 @@ Run ``python docs/figures/offset_order.py``; it writes the PNG of the same name.
 from __future__ import annotations
 
 from matplotlib.patches import Rectangle
+from matplotlib.transforms import blended_transform_factory
 from style import CENTRE, INK, MOVED, REGULAR, plt, save
 
 TAPS = [(i, j) for i in range(3) for j in range(3)]
@@ -68,9 +69,10 @@ kernel.text(
 kernel.text(
     start[0] + 0.85, 0.9, "5 moves right", color=MOVED, fontsize=9, weight="bold", va="center"
 )
-kernel.text(0, 2.0, "the taps of a 3 x 3 kernel", fontsize=10.5, weight="bold")
-kernel.set_xlim(-0.4, 7.2)
-kernel.set_ylim(-4.6, 2.65)
+level = blended_transform_factory(kernel.transData, strip.transData)
+kernel.text(0, 2.15, "the taps of a 3 x 3 kernel", fontsize=10.5, weight="bold", transform=level)
+kernel.set_xlim(-0.4, 7.7)
+kernel.set_ylim(-4.2, 2.3)
 kernel.set_aspect("equal")
 kernel.axis("off")
 save(figure, __file__)

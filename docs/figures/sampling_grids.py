@@ -23,8 +23,8 @@ ROTATION = np.array([[np.cos(TURN), np.sin(TURN)], [-np.sin(TURN), np.cos(TURN)]
 PANELS = {
     "regular convolution\nall offsets zero": 0 * GRID,
     "deformable convolution\nan offset for every tap": FREE,
-    "special case: scale\n(what dilation 2 does)": GRID,
-    "special case: rotation\nby 45 degrees": GRID @ ROTATION.T - GRID,
+    "scale\nwhat dilation 2 does": GRID,
+    "rotation\nby 45 degrees": GRID @ ROTATION.T - GRID,
 }
 
 figure, axes = plt.subplots(1, 4, figsize=(11, 3.4))
@@ -50,6 +50,8 @@ for ax, (title, offset) in zip(axes, PANELS.items(), strict=True):
     colour = MOVED if offset.any() else CENTRE
     ax.scatter(moved[:, 1], moved[:, 0], s=60, color=colour, ec="white", lw=0.8, zorder=4)
     ax.scatter([centre], [centre], s=170, marker="s", fc="none", ec=CENTRE, lw=1.4, zorder=5)
-    ax.set_title(title, linespacing=1.4)
+    name, detail = title.split("\n")
+    ax.text(centre, -1.55, name, ha="center", fontsize=11.5, weight="bold")
+    ax.text(centre, -0.85, detail, ha="center", fontsize=10.5)
 figure.tight_layout(w_pad=1.5)
 save(figure, __file__)

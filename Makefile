@@ -122,3 +122,7 @@ $(VENV)/tools: $(VENV)/made pyproject.toml
 	@$(call requirements,dev docs) > $(VENV)/requirements-tools.txt
 	@$(PIP) --quiet -r $(VENV)/requirements-tools.txt
 	@touch $@
+
+# For scripts that need a variable of this file: make -s print-DIGITS.
+print-%:
+	@echo "$($*)"

@@ -240,7 +240,8 @@ def deform_conv2d_backward(
         stride, padding, dilation, groups, offset_groups = arguments
         grads = _torch_ops().deform_conv2d_backward(
             grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
-            groups, offset_groups, backend, [True, True, True, bias is not None, mask is not None],
+            groups=groups, offset_groups=offset_groups, backend=backend,
+            output_mask=[True, True, True, bias is not None, mask is not None],
         )  # fmt: skip
         return DeformConv2dGradients(
             *grads[:3],

@@ -160,7 +160,7 @@ cdef int execute(
         if threads > 1:
             table.plan(params, direction, wanted, threads, &plan)
         shared_bytes = (plan.shared_bytes + LINE - 1) // LINE * LINE
-        call.params, call.tensors, call.plan = params, tensors, &plan
+        call.params, call.tensors, call.plan, call.direction = params, tensors, &plan, direction
         if posix_memalign(&memory, LINE, shared_bytes + threads * plan.scratch_bytes + LINE) == 0:
             call.shared = memory
             scratch = <char *>memory + shared_bytes

@@ -48,6 +48,7 @@ typedef struct {
   const dcn_params *params;
   const dcn_tensors *tensors;
   const dcn_cpu_plan *plan;
+  int direction;
   void *shared;
 } dcn_cpu_call;
 

@@ -46,6 +46,7 @@ cdef extern from "dcn_cpu.h" nogil:
         const dcn_params *params
         const dcn_tensors *tensors
         const dcn_cpu_plan *plan
+        int direction
         void *shared
 
     ctypedef void (*dcn_cpu_plan_function)(

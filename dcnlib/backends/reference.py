@@ -198,11 +198,14 @@ def differentiate(problem, grad_output, x, offset, weight, mask) -> Gradients:
 def rounded(value: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """`value` in `dtype`, rounded once, to nearest, ties to even."""
     if dtype.name == "bfloat16":
-        # The cast would go through float32 and round twice. Round to the 8 bits of a bfloat16
-        # (or to its smallest subnormal, 2**-133) here, and the cast is exact.
-        unit = np.maximum(np.frexp(value)[1] - 8, -133)
-        value = np.ldexp(np.rint(np.ldexp(value, -unit)), unit)
+        value = on_bfloat16_grid(value)  # the cast alone would go through float32 and round twice
     return value.astype(dtype)
+
+
+def on_bfloat16_grid(value: np.ndarray) -> np.ndarray:
+    """`value` rounded to the 8 bits of a bfloat16, or to its smallest subnormal, 2**-133."""
+    unit = np.maximum(np.frexp(value)[1] - 8, -133)
+    return np.ldexp(np.rint(np.ldexp(value, -unit)), unit)
 
 
 def _position(base, offset, size):

@@ -140,12 +140,11 @@ def deform_conv2d(
             input, offset, weight, bias, stride, padding, dilation, mask,
             groups=groups, offset_groups=offset_groups, backend=backend,
         )  # fmt: skip
-    specs = {name: _spec(array) for name, array in arrays.items()}
+    input, offset, weight, bias, mask = map(_memory, arrays.values())
     arguments = _arguments(op, weight, stride, padding, dilation, groups, offset_groups)
     problem = cached_problem(
-        op, specs["input"], specs["offset"], specs["weight"], specs["bias"], specs["mask"], None,
-        *arguments,
-    )  # fmt: skip
+        op, _spec(input), _spec(offset), _spec(weight), _spec(bias), _spec(mask), None, *arguments
+    )
     chosen = _dispatch.choose(op, backend, "cpu")
     output = np.empty(problem.output_shape, _plain(input).dtype)
     chosen.forward(
@@ -248,11 +247,11 @@ def deform_conv2d_backward(
             None if bias is None else grads[3],
             None if mask is None else grads[4],
         )
-    specs = {name: _spec(array) for name, array in arrays.items()}
+    grad_output, input, offset, weight, bias, mask = map(_memory, arrays.values())
     arguments = _arguments(op, weight, stride, padding, dilation, groups, offset_groups)
     problem = cached_problem(
-        op, specs["input"], specs["offset"], specs["weight"], specs["bias"], specs["mask"],
-        specs["grad_output"], *arguments,
+        op, _spec(input), _spec(offset), _spec(weight), _spec(bias), _spec(mask),
+        _spec(grad_output), *arguments,
     )  # fmt: skip
     chosen = _dispatch.choose(op, backend, "cpu")
     dtype = _plain(input).dtype
@@ -322,7 +321,7 @@ def _arguments(
     """stride, padding (four sides), dilation, groups, offset_groups as plain ints."""
     stride = pair(op, "stride", stride)
     dilation = pair(op, "dilation", dilation)
-    if padding == "same" and len(weight.shape) != 4:
+    if isinstance(padding, str) and padding == "same" and len(weight.shape) != 4:
         padding = 0  # the weight's rank is what is wrong, and is what the check will name
     return (
         stride,
@@ -331,6 +330,11 @@ def _arguments(
         optional_integer(op, "groups", groups),
         optional_integer(op, "offset_groups", offset_groups),
     )
+
+
+def _memory(array: Any) -> Any:
+    """The array itself, whatever a subclass says of its shape; None stays None."""
+    return array if array is None or type(array) is np.ndarray else np.asarray(array)
 
 
 def _spec(array: np.ndarray | None) -> Spec | None:
@@ -343,12 +347,11 @@ def _dtype_name(dtype: np.dtype) -> str:
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
-    """`array` as native backends read it: base class, C order, aligned, native byte order."""
+    """`array` as native backends read it: C order, aligned, native byte order."""
     flags = array.flags
-    if type(array) is np.ndarray and flags.c_contiguous and flags.aligned and array.dtype.isnative:
+    if flags.c_contiguous and flags.aligned and array.dtype.isnative:
         return array
-    native = array.dtype.newbyteorder("=")
-    return np.require(np.asarray(array), native, ("C_CONTIGUOUS", "ALIGNED"))
+    return np.require(array, array.dtype.newbyteorder("="), ("C_CONTIGUOUS", "ALIGNED"))
 
 
 @cache

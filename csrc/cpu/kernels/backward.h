@@ -50,23 +50,27 @@ struct Backward {
   bool need_input, need_samples_gradient, need_weight, need_bias;
   bool direct_output; /* grad_output is [output][pixel] in A already */
   Slabs<A> slabs;
+  Frame frame;
+  bool small;          /* positions and indices fit into A's integers */
   int64_t plane;       /* values of a packed slab of an image */
   int64_t columns_row; /* values of a row of columns */
   int64_t output_row;  /* values of a pixel of the packed grad_output */
   int64_t output_line; /* values of an output of the packed grad_output, if not direct */
   int64_t chunk, tile, tiles, bands, wave;
+  int64_t tile_pitch; /* pixels between two taps' rows of corners */
   int64_t share_row; /* grad_weight share: values of one output's row; the packed weights' as well */
   int64_t pairs;     /* of a slab and an offset group that meet: slab + offset_group numbers them */
   int64_t pack_tasks, output_tasks, bias_tasks;
 
-  Backward(const dcn_params &params, int wanted) : p(params), slabs(params) {
+  Backward(const dcn_params &params, int wanted) : p(params), slabs(params), frame(params) {
     need_input = wanted & DCN_GRAD_INPUT;
     need_samples_gradient = wanted & (DCN_GRAD_OFFSET | DCN_GRAD_MASK);
     need_weight = wanted & DCN_GRAD_WEIGHT;
     need_bias = wanted & DCN_GRAD_BIAS;
     direct_output =
         p.layout == DCN_NCHW && p.dtype == (sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
-    plane = (plane_in(p) + 1) * slabs.pitch + LINE / (int64_t)sizeof(A);
+    small = is_small<A>(p, frame, slabs.pitch);
+    plane = frame.pixels * slabs.pitch + LINE / (int64_t)sizeof(A);
     const int64_t pixels = plane_out(p), taps = taps_of(p), size = (int64_t)sizeof(A);
     output_row = row_pitch<A>(is_depthwise(p) ? p.in_channels : p.out_channels);
     output_line = round_up(pixels, LINE / size);
@@ -76,6 +80,7 @@ struct Backward {
     tile = max((int64_t)2 * ROWS, min(tile, 112 * 4 / size));
     tile = ceil_div(pixels, ceil_div(pixels, tile));
     tiles = ceil_div(pixels, tile);
+    tile_pitch = round_up(tile, Vector<A>::lanes);
     bands = max((int64_t)1, min(MOST_BANDS / slabs.count, pixels / BAND_PIXELS));
     if (bands == 3) bands = 2;
     bands = min(bands, tiles);
@@ -142,15 +147,14 @@ struct BackwardShared {
 
 template <class A>
 struct BackwardScratch {
-  int64_t *y, *x;
-  A *row, *columns, *products;
+  Tile<A> tile;
   Corners<A> corners;
-  BackwardScratch(const Backward<A> &b, Arena &arena) : corners(arena, b.chunk * b.tile) {
-    y = arena.take<int64_t>(b.tile);
-    x = arena.take<int64_t>(b.tile);
-    row = arena.take<A>(max(max(2 * b.tile, SUM_RUN), SLAB * taps_of(b.p)));
+  A *row, *columns, *products;
+  BackwardScratch(const Backward<A> &b, Arena &arena)
+      : tile(arena, b.tile_pitch), corners(arena, b.chunk * b.tile_pitch, true) {
+    row = arena.take<A>(max(SUM_RUN, SLAB * taps_of(b.p)));
     columns = arena.take<A>(b.tile * b.columns_row);
-    products = arena.take<A>(4 * b.chunk * b.tile);
+    products = arena.take<A>(4 * b.chunk * b.tile_pitch);
   }
 };
 
@@ -204,10 +208,9 @@ static void add_sample_gradients(const Corners<A> &corners, const A *products, i
     for (int64_t i = 0; i < pixels; i++, d += 4) {
       const int64_t at = t * tile + i, to = t * pitch + i;
       const A ly = corners.fraction[0][at], lx = corners.fraction[1][at], m = corners.mask[at];
-      const int32_t state = corners.state[at];
+      const auto state = corners.state[at];
       const A nan = corners.weight[0][at]; /* NaN in that state alone */
-      const A value = corners.weight[0][at] * d[0] + corners.weight[1][at] * d[1] +
-                      corners.weight[2][at] * d[2] + corners.weight[3][at] * d[3];
+      const A value = (1 - ly) * ((1 - lx) * d[0] + lx * d[1]) + ly * ((1 - lx) * d[2] + lx * d[3]);
       const A dy = m * ((1 - lx) * (d[2] - d[0]) + lx * (d[3] - d[1]));
       const A dx = m * ((1 - ly) * (d[1] - d[0]) + ly * (d[3] - d[2]));
       const bool moves = state == INSIDE || state == EDGE;
@@ -234,6 +237,7 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
   A *input = b.need_input ? shared.input + owner * b.plane : nullptr;
   A *share = b.need_weight ? shared.share + owner * outputs * b.share_row : nullptr;
   const Lines<A> lines(b, tensors, shared, image, slot);
+  const Steps steps(b.frame, b.slabs.pitch);
   if (input)
     for (int64_t i = 0; i < b.plane; i++) input[i] = 0;
   if (share && depthwise && first_wave)
@@ -242,7 +246,7 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
   const int64_t first_tile = b.tiles * band / b.bands, last_tile = b.tiles * (band + 1) / b.bands;
   for (int64_t tile = first_tile; tile < last_tile; tile++) {
     const int64_t first = tile * b.tile, pixels = min(b.tile, all_pixels - first);
-    tile_positions(p, first, pixels, s.y, s.x);
+    tile_positions(p, first, pixels, s.tile);
     int64_t column = 0; /* of the offset group's first block in the slab's packed weights and shares */
     for (int64_t c = slab_begin; c < slab_end;) {
       const int64_t offset_group = c / offset_group_in(p);
@@ -251,8 +255,9 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
       int64_t next_column = column;
       for (int64_t tap = 0; tap < taps; tap += b.chunk) {
         const int64_t count = min(b.chunk, taps - tap);
-        chunk_corners<A, true>(p, tensors, image, offset_group, tap, count, first, pixels, b.tile,
-                               s.y, s.x, b.slabs.pitch, s.corners, s.row);
+        const bool special = chunk_corners<A, true>(p, tensors, b.frame, b.small, image,
+                                                    offset_group, tap, count, first, pixels,
+                                                    b.tile_pitch, s.tile, b.slabs.pitch, s.corners);
         next_column = column;
         for (int64_t begin = c; begin < end;) {
           const Block block = block_at(p, begin, end);
@@ -268,7 +273,7 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
                                                     b.output_row + begin;
               const int64_t weight_row = p.in_channels + L;
               const int64_t share_tap = b.slabs.pitch + L;
-              scatter_depthwise(scatter, s.corners, count, b.tile, pixels, output, b.output_row,
+              scatter_depthwise(scatter, steps, s.corners, count, b.tile_pitch, pixels, output, b.output_row,
                                 shared.weight + (j * taps + tap) * weight_row + begin, weight_row,
                                 share ? share + j * b.share_row + tap * share_tap + begin - slab_begin
                                       : nullptr,
@@ -281,8 +286,8 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
               if (b.need_columns_gradient())
                 gemm(pixels, vectors, outputs, output, b.output_row, weight + chunk_column * outputs,
                      2 * L, outputs * 2 * L, s.columns, b.columns_row, false);
-              scatter_block(scatter, s.corners, count, b.tile, pixels, s.columns, b.columns_row,
-                            b.need_weight);
+              scatter_block(scatter, steps, s.corners, special, count, b.tile_pitch, pixels,
+                            s.columns, b.columns_row, b.need_weight);
               if (share)
                 gemm(outputs, vectors, pixels, lines.at + block.group * outputs * lines.pitch + first,
                      lines.pitch, s.columns, b.columns_row, 2 * L, share + chunk_column, b.share_row,
@@ -290,7 +295,7 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
             }
             if (b.need_samples_gradient) {
               A *at = sums + tap * all_pixels + first;
-              add_sample_gradients(s.corners, s.products, count, b.tile, pixels, at,
+              add_sample_gradients(s.corners, s.products, count, b.tile_pitch, pixels, at,
                                    at + taps * all_pixels, at + 2 * taps * all_pixels, all_pixels,
                                    begin == c && j == 0);
             }
@@ -355,14 +360,15 @@ static void finish_input(const Backward<A> &b, const dcn_tensors &tensors, A *in
                          int64_t slab, int64_t piece) {
   const dcn_params &p = b.p;
   const int64_t first = piece * PACK_PIXELS, pixels = min(PACK_PIXELS, plane_in(p) - first);
-  A *sum = input + first * b.slabs.pitch;
+  const int64_t from = FrameWalk(b.frame, first).at * b.slabs.pitch;
+  const int64_t to = FrameWalk(b.frame, first + pixels - 1).at * b.slabs.pitch + b.slabs.pitch;
   for (int64_t band = 1; band < b.bands; band++) {
-    const A *other = sum + band * b.plane;
-    for (int64_t i = 0; i < pixels * b.slabs.pitch; i++) sum[i] += other[i];
+    const A *other = input + band * b.plane;
+    for (int64_t i = from; i < to; i++) input[i] += other[i];
   }
   const int64_t begin = b.slabs.begin(slab);
-  write_tile(tensors.grad_input, p, p.in_channels, plane_in(p), image, begin, 1,
-             b.slabs.end(p, slab) - begin, first, pixels, sum, b.slabs.pitch, nullptr);
+  write_frame(tensors.grad_input, p, b.frame, image, begin, b.slabs.end(p, slab) - begin, first,
+              pixels, input, b.slabs.pitch);
 }
 
 /* grad_offset and grad_mask of one tap of one offset group: the sum of its slabs. */
@@ -474,7 +480,7 @@ static void prepare(const Backward<A> &b, const dcn_tensors &tensors, const Back
   if (slot >= images) return;
   if (task < b.pack_tasks) {
     const int64_t slab = task % b.slabs.count;
-    return pack_slab(p, b.slabs, tensors.input, first_image + slot, slab, task / b.slabs.count,
+    return pack_slab(p, b.slabs, b.frame, tensors.input, first_image + slot, slab, task / b.slabs.count,
                      shared.slabs + (slot * b.slabs.count + slab) * b.plane);
   }
   const int64_t first = (task - b.pack_tasks) * PACK_PIXELS;

@@ -33,20 +33,24 @@ template <class A>
 struct Forward {
   const dcn_params &p;
   Slabs<A> slabs;
-  int64_t plane;       /* values of one packed slab of one image, zero pixel and slack included */
+  Frame frame;
+  bool small;          /* positions and indices fit into A's integers */
+  int64_t plane;       /* values of one packed slab of one image, slack included */
   int64_t padded_out;  /* outputs of a group, rounded up to whole vectors */
   int64_t panels;      /* panels of a group: two vectors of outputs each */
   int64_t depth;       /* C/groups * KH * KW */
   int64_t columns_row; /* values of a row of columns */
   int64_t result_row;  /* values of a row of the result */
   int64_t tile, tiles; /* pixels of a tile; tiles of an image */
+  int64_t tile_pitch;  /* pixels between two taps' rows of corners */
   int64_t wave;        /* images of a wave */
   int64_t chunk;       /* taps of a chunk */
   int64_t pack_tasks;  /* packing tasks of an image */
 
-  Forward(const dcn_params &params, int num_threads) : p(params), slabs(params) {
+  Forward(const dcn_params &params, int num_threads) : p(params), slabs(params), frame(params) {
     constexpr int64_t L = Vector<A>::lanes;
-    plane = (plane_in(p) + 1) * slabs.pitch + LINE / (int64_t)sizeof(A);
+    small = is_small<A>(p, frame, slabs.pitch);
+    plane = frame.pixels * slabs.pitch + LINE / (int64_t)sizeof(A);
     padded_out = round_up(group_out(p), L);
     panels = ceil_div(padded_out, 2 * L);
     depth = group_in(p) * taps_of(p);
@@ -55,7 +59,7 @@ struct Forward {
       columns_row = 0;
       result_row = slabs.pitch;
     } else {
-      columns_row = columns_pitch(p, slabs);
+      columns_row = row_pitch<A>(min(DEPTH, depth));
       result_row = row_pitch<A>(p.groups * padded_out);
     }
     const int64_t pixels = plane_out(p);
@@ -67,6 +71,7 @@ struct Forward {
     if (tiles < wanted) tiles = min(wanted, ceil_div(pixels, (int64_t)ROWS));
     tile = ceil_div(pixels, tiles);
     tiles = ceil_div(pixels, tile);
+    tile_pitch = round_up(tile, L);
     const int64_t image_bytes = slabs.count * plane * (int64_t)sizeof(A);
     wave = max((int64_t)1, min(p.batch, WAVE_BYTES / image_bytes));
     pack_tasks = ceil_div(plane_in(p), PACK_PIXELS) * slabs.count;
@@ -91,41 +96,70 @@ struct ForwardShared {
 
 template <class A>
 struct ForwardScratch {
-  int64_t *y, *x;
-  A *row, *columns, *result;
+  Tile<A> tile;
   Corners<A> corners;
-  ForwardScratch(const Forward<A> &f, Arena &arena) : corners(arena, f.chunk * f.tile) {
-    y = arena.take<int64_t>(f.tile);
-    x = arena.take<int64_t>(f.tile);
-    row = arena.take<A>(2 * f.tile);
+  A *columns, *result;
+  ForwardScratch(const Forward<A> &f, Arena &arena)
+      : tile(arena, f.tile_pitch), corners(arena, f.chunk * f.tile_pitch, false) {
     columns = arena.take<A>(f.tile * f.columns_row);
     result = arena.take<A>(f.tile * f.result_row);
   }
 };
 
-/* One panel: [depth][2 vectors of outputs], depth = blocks of a group, each [tap][channel]. */
+/* Where in the rows of a group's panel the weights of one source element (channel, tap) go: rows run
+ * over blocks of a group, each [tap][channel]. */
+template <class A>
+struct PanelRows {
+  const Forward<A> *f;
+  int64_t begin, end; /* the group's channels */
+  int64_t slab, block_begin, block_count;
+  int64_t channel, tap, taps;
+
+  PanelRows(const Forward<A> &forward, int64_t group, int64_t element)
+      : f(&forward), begin(group * group_in(f->p)), end(begin + group_in(f->p)), slab(0) {
+    taps = taps_of(f->p);
+    channel = begin + element / taps;
+    tap = element % taps;
+    find_block(begin);
+  }
+  void find_block(int64_t from) {
+    for (block_begin = from;; block_begin += block_count) {
+      while (f->slabs.end(f->p, slab) <= block_begin) slab++;
+      block_count = block_at(f->p, block_begin, f->slabs.end(f->p, slab)).count;
+      if (channel < block_begin + block_count) return;
+    }
+  }
+  int64_t row() const {
+    return (block_begin - begin) * taps + tap * block_count + channel - block_begin;
+  }
+  void step() {
+    if (++tap < taps) return;
+    tap = 0;
+    if (++channel == block_begin + block_count && channel < end) find_block(channel);
+  }
+};
+
+/* One panel: [depth][2 vectors of outputs]. */
 template <class A>
 static void pack_weight_panel(const Forward<A> &f, const void *weight, int64_t group, int64_t panel,
                               A *to) {
   const dcn_params &p = f.p;
-  constexpr int64_t width = 2 * Vector<A>::lanes;
-  const int64_t taps = taps_of(p), outputs = group_out(p), channels = group_in(p);
-  const int64_t count = min(width, outputs - panel * width);
-  for (int64_t i = 0; i < f.depth * width; i++) to[i] = 0;
-  const int64_t begin = group * channels, end = begin + channels;
-  for (int64_t o = 0; o < count; o++) {
-    const int64_t row = (group * outputs + panel * width + o) * channels * taps;
-    for (int64_t slab = 0; slab < f.slabs.count; slab++) {
-      const int64_t slab_end = f.slabs.end(p, slab);
-      if (slab_end <= begin || f.slabs.begin(slab) >= end) continue;
-      for (int64_t c = max(begin, f.slabs.begin(slab)); c < min(end, slab_end);) {
-        const Block block = block_at(p, c, slab_end);
-        A *at = to + (c - begin) * taps * width + o;
-        for (int64_t i = 0; i < block.count; i++)
-          for (int64_t k = 0; k < taps; k++)
-            at[(k * block.count + i) * width] =
-                read_one<A>(weight, p.dtype, row + (c - begin + i) * taps + k);
-        c += block.count;
+  constexpr int64_t L = Vector<A>::lanes, width = 2 * L;
+  typedef typename Vector<A>::V V;
+  for (int64_t half = 0; half < 2; half++) {
+    const int64_t first_out = panel * width + half * L;
+    const int64_t lines = max((int64_t)0, min(L, group_out(p) - first_out));
+    if (first_out >= f.padded_out) continue; /* nobody reads the second half of such a panel */
+    const int64_t origin = (group * group_out(p) + first_out) * f.depth;
+    PanelRows<A> rows(f, group, 0);
+    for (int64_t i = 0; i < f.depth; i += L) {
+      if (i + L > f.depth && f.depth >= L) rows = PanelRows<A>(f, group, i = f.depth - L);
+      const int64_t columns = min(L, f.depth - i);
+      V block[L];
+      load_block<A>(weight, p, origin + i, f.depth, lines, columns, block);
+      for (int64_t j = 0; j < columns; j++) {
+        store(to + rows.row() * width + half * L, block[j]);
+        rows.step();
       }
     }
   }
@@ -143,19 +177,17 @@ static void pack_depthwise_weight(const dcn_params &p, const void *weight, A *to
             c < p.in_channels ? read_one<A>(weight, p.dtype, (c * outputs + j) * taps + k) : A(0);
 }
 
-/* One task of packing: PACK_PIXELS pixels of one slab of one image; the last one adds the zero pixel. */
+/* One task of packing: PACK_PIXELS pixels of one slab of one image. */
 template <class A>
-static void pack_slab(const dcn_params &p, const Slabs<A> &slabs, const void *input, int64_t image,
-                      int64_t slab, int64_t piece, A *to) {
+static void pack_slab(const dcn_params &p, const Slabs<A> &slabs, const Frame &frame,
+                      const void *input, int64_t image, int64_t slab, int64_t piece, A *to) {
   const int64_t first = piece * PACK_PIXELS, pixels = min(PACK_PIXELS, plane_in(p) - first);
   const int64_t begin = slabs.begin(slab);
-  pack_pixels(input, p, p.in_channels, plane_in(p), image, begin, 1,
-              slabs.end(p, slab) - begin, first, pixels, to + first * slabs.pitch, slabs.pitch);
-  if (first + pixels == plane_in(p))
-    for (int64_t i = 0; i < slabs.pitch + LINE / (int64_t)sizeof(A); i++)
-      to[plane_in(p) * slabs.pitch + i] = 0;
+  pack_frame(input, p, frame, p.in_channels, image, begin, slabs.end(p, slab) - begin, first, pixels,
+             to, slabs.pitch);
 }
 
+/* Blocks are sampled side by side until the columns are full or the group ends, then multiplied. */
 template <class A>
 static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const A *weight,
                          const A *slabs, int64_t image, int64_t first, int64_t pixels,
@@ -163,59 +195,94 @@ static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const 
   const dcn_params &p = f.p;
   constexpr int64_t L = Vector<A>::lanes;
   const int64_t taps = taps_of(p), channels = group_in(p);
-  tile_positions(p, first, pixels, s.y, s.x);
+  const Steps steps(f.frame, f.slabs.pitch);
+  int64_t group = 0, row = 0, filled = 0; /* columns wait to meet the group's weights from `row` on */
+  const auto multiply = [&] {
+    const A *panel = weight + (group * f.panels * f.depth + row) * 2 * L;
+    if (filled)
+      gemm(pixels, f.padded_out / L, filled, s.columns, f.columns_row, panel, 2 * L, f.depth * 2 * L,
+           s.result + group * f.padded_out, f.result_row, row > 0);
+    filled = 0;
+  };
+  tile_positions(p, first, pixels, s.tile);
   for (int64_t offset_group = 0; offset_group < p.offset_groups; offset_group++) {
     const int64_t begin = offset_group * offset_group_in(p), end = begin + offset_group_in(p);
     for (int64_t tap = 0; tap < taps; tap += f.chunk) {
       const int64_t count = min(f.chunk, taps - tap);
-      chunk_corners<A, false>(p, tensors, image, offset_group, tap, count, first, pixels, f.tile, s.y,
-                              s.x, f.slabs.pitch, s.corners, s.row);
+      const bool special = chunk_corners<A, false>(p, tensors, f.frame, f.small, image, offset_group,
+                                                   tap, count, first, pixels, f.tile_pitch, s.tile,
+                                                   f.slabs.pitch, s.corners);
       for (int64_t slab = 0; slab < f.slabs.count; slab++) {
         const int64_t slab_begin = f.slabs.begin(slab), slab_end = f.slabs.end(p, slab);
         for (int64_t c = max(begin, slab_begin); c < min(end, slab_end);) {
           const Block block = block_at(p, c, slab_end);
-          sample_block(slabs + slab * f.plane + c - slab_begin, block.count, s.corners, count, f.tile,
-                       pixels, s.columns, f.columns_row);
-          const int64_t inside = c - block.group * channels; /* channels of the group before this */
-          const A *panel = weight + block.group * f.panels * f.depth * 2 * L +
-                           (inside * taps + tap * block.count) * 2 * L;
-          gemm(pixels, f.padded_out / L, count * block.count, s.columns, f.columns_row, panel, 2 * L,
-               f.depth * 2 * L, s.result + block.group * f.padded_out, f.result_row,
-               inside > 0 || tap > 0);
+          const int64_t at = (c - block.group * channels) * taps + tap * block.count;
+          const int64_t more = count * block.count;
+          if (block.group != group || at != row + filled || filled + more > DEPTH) {
+            multiply();
+            group = block.group;
+            row = at;
+          }
+          sample_block(slabs + slab * f.plane + c - slab_begin, steps, block.count, s.corners,
+                       special, count, f.tile_pitch, pixels, s.columns + filled, f.columns_row);
+          filled += more;
           c += block.count;
         }
       }
     }
   }
-  for (int64_t group = 0; group < p.groups; group++)
+  multiply();
+  for (group = 0; group < p.groups; group++)
     write_tile(tensors.output, p, p.out_channels, plane_out(p), image, group * group_out(p), 1,
                group_out(p), first, pixels, s.result + group * f.padded_out, f.result_row,
                tensors.bias);
 }
 
 /* One channel per group: accumulate over the taps in registers, no columns, no product.
- *   result[i][c] (+)= sum_t w[j, t, c] mask[t, i] sum_q weight[q][t, i] slab[at[q][t, i] + c] */
-template <class A>
-static void depthwise_block(const A *slab, int64_t channels, const Corners<A> &corners, int64_t taps,
-                            int64_t tile, int64_t pixels, const A *weight, int64_t weight_row,
-                            A *result, int64_t result_row, bool accumulate) {
+ *   result[i][c] (+)= sum_t w[t, c] sum_q weight[q][t, i] slab[at[t, i] + step(q) + c]
+ * VECTORS of channels at once: five loads and broadcasts a tap and pixel, five loads a vector. */
+template <class A, int VECTORS, bool special>
+static void depthwise_vectors(const A *slab, const Steps &steps, const Corners<A> &corners,
+                              int64_t taps, int64_t tile, int64_t pixels, const A *weight,
+                              int64_t weight_row, A *result, int64_t result_row, bool accumulate) {
   typedef typename Vector<A>::V V;
   constexpr int64_t L = Vector<A>::lanes;
-  for (int64_t c = 0; c < channels; c += L) {
-    for (int64_t i = 0; i < pixels; i++) {
-      V acc = V{};
-      for (int64_t t = 0; t < taps; t++) { /* the hot loop */
-        const int64_t at = t * tile + i;
-        const V s = corners.weight[0][at] * load(slab + corners.at[0][at] + c) +
-                    corners.weight[1][at] * load(slab + corners.at[1][at] + c) +
-                    corners.weight[2][at] * load(slab + corners.at[2][at] + c) +
-                    corners.weight[3][at] * load(slab + corners.at[3][at] + c);
-        acc += corners.mask[at] * s * load(weight + t * weight_row + c);
+  for (int64_t i = 0; i < pixels; i++) {
+    V acc[VECTORS];
+    A *to = result + i * result_row;
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) acc[v] = accumulate ? load(to + v * L) : V{};
+    for (int64_t t = 0; t < taps; t++) { /* the hot loop */
+      const int64_t at = t * tile + i;
+      const A *v00 = slab + corners.at[at], *v01 = v00 + steps.right;
+      const A *v10 = v00 + steps.down, *v11 = v00 + steps.both;
+      const V w00 = splat(corners.weight[0][at]), w01 = splat(corners.weight[1][at]);
+      const V w10 = splat(corners.weight[2][at]), w11 = splat(corners.weight[3][at]);
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; v++) {
+        V s = w00 * load(v00 + v * L) + w01 * load(v01 + v * L) + w10 * load(v10 + v * L) +
+              w11 * load(v11 + v * L);
+        if (special) s *= corners.rest[at];
+        acc[v] += s * load(weight + t * weight_row + v * L);
       }
-      A *to = result + i * result_row + c;
-      store(to, accumulate ? load(to) + acc : acc);
     }
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) store(to + v * L, acc[v]);
   }
+}
+
+template <class A, bool special>
+static void depthwise_block(const A *slab, const Steps &steps, int64_t channels,
+                            const Corners<A> &corners, int64_t taps, int64_t tile, int64_t pixels,
+                            const A *weight, int64_t weight_row, A *result, int64_t result_row,
+                            bool accumulate) {
+  constexpr int64_t L = Vector<A>::lanes;
+  int64_t c = 0;
+#define DCN_BLOCK(V)                                                                            for (; c + V * L <= round_up(channels, L); c += V * L)                                        depthwise_vectors<A, V, special>(slab + c, steps, corners, taps, tile, pixels, weight + c,                                     weight_row, result + c, result_row, accumulate)
+  DCN_BLOCK(4);
+  DCN_BLOCK(2);
+  DCN_BLOCK(1);
+#undef DCN_BLOCK
 }
 
 template <class A>
@@ -225,7 +292,10 @@ static void forward_depthwise_tile(const Forward<A> &f, const dcn_tensors &tenso
   const dcn_params &p = f.p;
   const int64_t taps = taps_of(p), outputs = group_out(p);
   const int64_t weight_row = p.in_channels + Vector<A>::lanes;
-  tile_positions(p, first, pixels, s.y, s.x);
+  const Steps steps(f.frame, f.slabs.pitch);
+  int64_t known = -1; /* the offset group whose corners, all of them, are there */
+  bool special = false;
+  tile_positions(p, first, pixels, s.tile);
   for (int64_t slab = 0; slab < f.slabs.count; slab++) {
     const int64_t slab_end = f.slabs.end(p, slab);
     for (int64_t c = f.slabs.begin(slab); c < slab_end;) {
@@ -234,12 +304,19 @@ static void forward_depthwise_tile(const Forward<A> &f, const dcn_tensors &tenso
       for (int64_t j = 0; j < outputs; j++) {
         for (int64_t tap = 0; tap < taps; tap += f.chunk) {
           const int64_t count = min(f.chunk, taps - tap);
-          if (j == 0 || f.chunk < taps)
-            chunk_corners<A, false>(p, tensors, image, block.offset_group, tap, count, first, pixels,
-                                    f.tile, s.y, s.x, f.slabs.pitch, s.corners, s.row);
-          depthwise_block(channel, block.count, s.corners, count, f.tile, pixels,
-                          weight + (j * taps + tap) * weight_row + c, weight_row, s.result,
-                          f.result_row, tap > 0);
+          if (block.offset_group != known) {
+            special = chunk_corners<A, false>(p, tensors, f.frame, f.small, image,
+                                              block.offset_group, tap, count, first, pixels,
+                                              f.tile_pitch, s.tile, f.slabs.pitch, s.corners);
+            known = count == taps ? block.offset_group : -1;
+          }
+          const A *w = weight + (j * taps + tap) * weight_row + c;
+          if (special)
+            depthwise_block<A, true>(channel, steps, block.count, s.corners, count, f.tile_pitch,
+                                     pixels, w, weight_row, s.result, f.result_row, tap > 0);
+          else
+            depthwise_block<A, false>(channel, steps, block.count, s.corners, count, f.tile_pitch,
+                                      pixels, w, weight_row, s.result, f.result_row, tap > 0);
         }
         write_tile(tensors.output, p, p.out_channels, plane_out(p), image, c * outputs + j, outputs,
                    block.count, first, pixels, s.result, f.result_row, tensors.bias);
@@ -286,7 +363,7 @@ static void forward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, i
     const int64_t image = task / f.pack_tasks, piece = task % f.pack_tasks;
     if (image >= images) return;
     const int64_t slab = piece % f.slabs.count;
-    pack_slab(p, f.slabs, call.tensors->input, first_image + image, slab, piece / f.slabs.count,
+    pack_slab(p, f.slabs, f.frame, call.tensors->input, first_image + image, slab, piece / f.slabs.count,
               shared.slabs + (image * f.slabs.count + slab) * f.plane);
     return;
   }

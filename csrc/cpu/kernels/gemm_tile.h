@@ -9,7 +9,8 @@
  * Accumulators: rows x vectors registers, at most ROWS x 2 (AVX-512 14x2 of 32, AVX2 6x2 of 16, SSE2
  * 6x2 of 16, NEON 14x2 of 32). One vector of B is used `rows` times, one value of A twice. AVX-512: 28
  * fused multiply-adds, 2 loads and 14 broadcasts a step of k, bound by the multiply-adds.
- * Every element sums its k in order, whatever block it falls into: results do not depend on tiles.
+ * Every element sums each cut of its k in order and then the cuts, whatever block it falls into: results
+ * do not depend on tiles.
  */
 #ifndef DCN_GEMM_TILE_H
 #define DCN_GEMM_TILE_H
@@ -23,6 +24,8 @@ constexpr int ROWS = 14;
 #else
 constexpr int ROWS = 6;
 #endif
+
+constexpr int64_t GEMM_DEPTH = 224; /* k of one cut: 28 kB of a panel and 12 kB of A in AVX-512 */
 
 template <class A, int M, int N>
 static void gemm_registers(int64_t depth, const A *a, int64_t lda, const A *b, int64_t ldb, A *c,
@@ -91,17 +94,22 @@ static void gemm_rows(int64_t rows, int64_t depth, const A *a, int64_t lda, cons
 }
 
 /* C (+)= A B for `vectors` vectors of columns; B's column panels lie `panel_step` values apart, each
- * two vectors wide (the last may be one). With B a plain row-major matrix, panel_step = 2 * lanes. */
+ * two vectors wide (the last may be one). With B a plain row-major matrix, panel_step = 2 * lanes.
+ * k is cut so that a panel's cut and the rows of A that meet it stay in the first-level cache. */
 template <class A>
 static void gemm(int64_t rows, int64_t vectors, int64_t depth, const A *a, int64_t lda, const A *b,
                  int64_t ldb, int64_t panel_step, A *c, int64_t ldc, bool accumulate) {
-  constexpr int L = Vector<A>::lanes;
-  for (int64_t v = 0; v < vectors; v += 2) {
-    const A *panel = b + v / 2 * panel_step;
-    if (v + 1 < vectors)
-      gemm_rows<A, 2>(rows, depth, a, lda, panel, ldb, c + v * L, ldc, accumulate);
-    else
-      gemm_rows<A, 1>(rows, depth, a, lda, panel, ldb, c + v * L, ldc, accumulate);
+  constexpr int64_t L = Vector<A>::lanes;
+  const int64_t cuts = ceil_div(depth, GEMM_DEPTH);
+  for (int64_t cut = 0; cut < cuts; cut++) {
+    const int64_t first = depth * cut / cuts, count = depth * (cut + 1) / cuts - first;
+    for (int64_t v = 0; v < vectors; v += 2) {
+      const A *panel = b + v / 2 * panel_step + first * ldb;
+      if (v + 1 < vectors)
+        gemm_rows<A, 2>(rows, count, a + first, lda, panel, ldb, c + v * L, ldc, accumulate || cut);
+      else
+        gemm_rows<A, 1>(rows, count, a + first, lda, panel, ldb, c + v * L, ldc, accumulate || cut);
+    }
   }
 }
 

@@ -1,7 +1,11 @@
 /* How a call is cut: slabs and blocks of channels, tiles of output pixels, chunks of taps.
  *
- *   slab    up to 64 consecutive channels, packed channels-last: [pixel][pitch]; owned by one task
- *           in the backward direction. Slabs follow the groups where they can.
+ *   slab    up to 64 consecutive channels, packed channels-last: [pixel of the frame][pitch]; owned
+ *           by one task in the backward direction. Slabs follow the groups where they can.
+ *   frame   the image with zeros around it: rows -1 .. H of W + 1 pixels each (the zero at -1 of a row
+ *           is the zero at W of the row before), and two more zeros, so that the four corners of any
+ *           position inside are one index and three fixed steps, and the four corners at `nowhere`
+ *           are zeros all
  *   block   the channels of a slab that share one weight group and one offset group
  *   tile    `tile` consecutive output pixels of one image
  *   chunk   as many taps as fill `depth` columns of a block: a tile of columns stays in L2
@@ -63,6 +67,39 @@ struct Slabs {
   int64_t end(const dcn_params &p, int64_t slab) const {
     const int64_t limit = unit > SLAB ? (slab / parts + 1) * unit : p.in_channels;
     return min(begin(slab) + width, limit);
+  }
+};
+
+/* Pixels of one packed slab of one image; indices count pixels. */
+struct Frame {
+  int64_t width, height, row;
+  int64_t pixels;  /* all of them */
+  int64_t nowhere; /* the four corners here are zeros: what lies outside reads them */
+
+  explicit Frame(const dcn_params &p)
+      : width(p.in_w),
+        height(p.in_h),
+        row(p.in_w + 1),
+        pixels((p.in_h + 2) * row + 2),
+        nowhere((p.in_h + 1) * row) {}
+
+  int64_t at(int64_t y, int64_t x) const { return (y + 1) * row + x + 1; }
+};
+
+/* Walks over the image's pixels in order, as indices into the frame. */
+struct FrameWalk {
+  int64_t width, x, at;
+
+  FrameWalk(const Frame &frame, int64_t pixel)
+      : width(frame.width), x(pixel % width), at(frame.at(pixel / width, x)) {}
+
+  /* Whether the pixel was the last of its row: the next index is the zero behind it. */
+  bool step() {
+    at++;
+    if (++x < width) return false;
+    x = 0;
+    at++;
+    return true;
   }
 };
 

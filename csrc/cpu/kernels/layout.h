@@ -1,10 +1,11 @@
 /* Between the caller's layouts and the core's channels-last slabs and tiles.
  *
- *   pack_pixels    every `step`-th channel of (C, H, W) or (H, W, C) in storage type -> [pixel][pitch]
+ *   pack_frame     channels of (C, H, W) or (H, W, C) in storage type -> frame [pixel][pitch]
+ *   pack_pixels    every `step`-th channel of the same -> [pixel][pitch], no frame
  *   write_tile     [pixel][pitch] -> channels of (C, H, W) or (H, W, C) in storage type, plus bias
  *
- * Both go through lanes x lanes transposes in registers where the caller is channels-first. Channels
- * beyond `count` up to the pitch are written as zeros.
+ * All go through lanes x lanes transposes in registers where the caller is channels-first; float32
+ * loads and stores whole vectors. Channels beyond `count` up to the pitch are written as zeros.
  */
 #ifndef DCN_LAYOUT_H
 #define DCN_LAYOUT_H
@@ -13,6 +14,85 @@
 #include "storage.h"
 
 namespace DCN_ISA {
+
+/* Whether tensors hold the arithmetic type itself. */
+template <class A>
+DCN_INLINE bool is_direct(const dcn_params &p) {
+  return p.dtype == (sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
+}
+
+/* block[j] = pixels index + j .. of `lines` channels `plane` apart, as [pixel][channel]; lanes of
+ * absent channels are 0, of absent pixels anything. */
+template <class A>
+DCN_INLINE void load_block(const void *memory, const dcn_params &p, int64_t index, int64_t plane,
+                           int64_t lines, int64_t columns, typename Vector<A>::V *block) {
+  constexpr int64_t L = Vector<A>::lanes;
+  typedef typename Vector<A>::V V;
+  const A *from = (const A *)memory + index;
+  if (is_direct<A>(p) && lines == L && columns == L) {
+#pragma GCC unroll 16
+    for (int64_t j = 0; j < L; j++) block[j] = load(from + j * plane);
+  } else if (is_direct<A>(p) && columns == L) {
+    for (int64_t j = 0; j < L; j++) block[j] = j < lines ? load(from + j * plane) : V{};
+  } else {
+    A line[L] = {};
+    for (int64_t j = 0; j < L; j++) {
+      block[j] = V{};
+      if (j < lines) {
+        read_row(memory, p.dtype, index + j * plane, 1, columns, line);
+        block[j] = load(line);
+      }
+    }
+  }
+  transpose<A>(block);
+}
+
+/* memory[image][begin + c][first + i] -> the frame's pixels, c < count, with the zeros around those
+ * rows that begin or end among them. `memory` is a tensor of (N, channels, H, W). */
+template <class A>
+static void pack_frame(const void *memory, const dcn_params &p, const Frame &frame, int64_t channels,
+                       int64_t image, int64_t begin, int64_t count, int64_t first, int64_t pixels,
+                       A *to, int64_t pitch) {
+  constexpr int64_t L = Vector<A>::lanes;
+  typedef typename Vector<A>::V V;
+  const int64_t plane = plane_in(p);
+  const auto zero = [&](int64_t at, int64_t rows) {
+    for (int64_t i = 0; i < rows * pitch; i++) to[at * pitch + i] = 0;
+  };
+  if (first == 0) zero(0, frame.row + 1);
+  if (first + pixels == plane) {
+    zero(frame.nowhere, frame.pixels - frame.nowhere);
+    for (int64_t i = 0; i < LINE / (int64_t)sizeof(A); i++) to[frame.pixels * pitch + i] = 0;
+  }
+  FrameWalk ends(frame, first);
+  for (int64_t i = 0; i < pixels; i++)
+    if (ends.step()) zero(ends.at - 1, 1);
+
+  if (p.layout == DCN_NHWC) {
+    FrameWalk walk(frame, first);
+    for (int64_t i = 0; i < pixels; i++) {
+      A *row = to + walk.at * pitch;
+      read_row(memory, p.dtype, (image * plane + first + i) * channels + begin, 1, count, row);
+      for (int64_t c = count; c < pitch; c++) row[c] = 0;
+      walk.step();
+    }
+    return;
+  }
+  const int64_t origin = (image * channels + begin) * plane + first;
+  for (int64_t c = 0; c < pitch; c += L) {
+    FrameWalk walk(frame, first);
+    for (int64_t i = 0; i < pixels; i += L) {
+      if (i + L > pixels && pixels >= L) walk = FrameWalk(frame, first + (i = pixels - L));
+      const int64_t columns = min(L, pixels - i);
+      V block[L];
+      load_block<A>(memory, p, origin + c * plane + i, plane, min(L, count - c), columns, block);
+      for (int64_t j = 0; j < columns; j++) {
+        store(to + walk.at * pitch + c, block[j]);
+        walk.step();
+      }
+    }
+  }
+}
 
 /* memory[image][begin + c * step][first + i] -> to[i][c], i < pixels, c < count; `memory` is a tensor of
  * (N, channels, plane). */
@@ -31,31 +111,24 @@ static void pack_pixels(const void *memory, const dcn_params &p, int64_t channel
     return;
   }
   const int64_t origin = (image * channels + begin) * plane + first;
-  for (int64_t c = 0; c < pitch; c += L) {
-    const int64_t lines = max((int64_t)0, min(L, count - c));
+  for (int64_t c = 0; c < pitch; c += L)
     for (int64_t i = 0; i < pixels; i += L) {
+      if (i + L > pixels && pixels >= L) i = pixels - L; /* some once more: no partial vector */
       const int64_t columns = min(L, pixels - i);
       V block[L];
-      A line[L] = {};
-      for (int64_t j = 0; j < L; j++) {
-        if (j < lines) {
-          read_row(memory, p.dtype, origin + (c + j) * step * plane + i, 1, columns, line);
-          block[j] = load(line);
-        } else {
-          block[j] = V{};
-        }
-      }
-      transpose<A>(block);
+      load_block<A>(memory, p, origin + c * step * plane + i, step * plane, min(L, count - c),
+                    columns, block);
       for (int64_t j = 0; j < columns; j++) store(to + (i + j) * pitch + c, block[j]);
     }
-  }
 }
 
-/* tile[pixel][pitch] -> memory[image][begin + c * step][first + pixel], c < count, plus bias. */
-template <class A>
-static void write_tile(void *memory, const dcn_params &p, int64_t channels, int64_t plane,
-                       int64_t image, int64_t begin, int64_t step, int64_t count, int64_t first,
-                       int64_t pixels, const A *tile, int64_t pitch, const void *bias) {
+/* tile[at(pixel)][pitch] -> memory[image][begin + c * step][first + pixel], c < count, plus bias;
+ * `walk_from(pixel)` gives where in the tile pixels lie, with `at` and step(). */
+template <class A, class WalkFrom>
+static void write_walked(void *memory, const dcn_params &p, int64_t channels, int64_t plane,
+                         int64_t image, int64_t begin, int64_t step, int64_t count, int64_t first,
+                         int64_t pixels, const A *tile, WalkFrom walk_from, int64_t pitch,
+                         const void *bias) {
   constexpr int64_t L = Vector<A>::lanes;
   typedef typename Vector<A>::V V;
   if (p.layout == DCN_NHWC) {
@@ -63,12 +136,14 @@ static void write_tile(void *memory, const dcn_params &p, int64_t channels, int6
     for (int64_t c = 0; c < count; c += SLAB) {
       const int64_t width = min(SLAB, count - c);
       A add[SLAB] = {};
-      if (bias)
-        read_row(bias, p.dtype, begin + c * step, step, width, add);
+      if (bias) read_row(bias, p.dtype, begin + c * step, step, width, add);
+      auto walk = walk_from(0);
       for (int64_t i = 0; i < pixels; i++) {
-        for (int64_t j = 0; j < width; j++) row[j] = tile[i * pitch + c + j] + add[j];
+        const A *from = tile + walk.at * pitch + c;
+        for (int64_t j = 0; j < width; j++) row[j] = from[j] + add[j];
         write_row(memory, p.dtype, (image * plane + first + i) * channels + begin + c * step, step,
                   width, row);
+        walk.step();
       }
     }
     return;
@@ -77,19 +152,55 @@ static void write_tile(void *memory, const dcn_params &p, int64_t channels, int6
     const int64_t lines = min(L, count - c);
     A add[L] = {};
     if (bias) read_row(bias, p.dtype, begin + c * step, step, lines, add);
+    const int64_t origin = (image * channels + begin + c * step) * plane + first;
+    auto walk = walk_from(0);
     for (int64_t i = 0; i < pixels; i += L) {
-      V block[L];
-      for (int64_t j = 0; j < L; j++) block[j] = load(tile + min(i + j, pixels - 1) * pitch + c);
-      transpose<A>(block);
+      if (i + L > pixels && pixels >= L) walk = walk_from(i = pixels - L);
       const int64_t columns = min(L, pixels - i);
-      for (int64_t j = 0; j < lines; j++) {
-        A line[L];
-        store(line, block[j] + add[j]);
-        write_row(memory, p.dtype,
-                  (image * channels + begin + (c + j) * step) * plane + first + i, 1, columns, line);
+      V block[L];
+      for (int64_t j = 0; j < L; j++) {
+        block[j] = load(tile + walk.at * pitch + c);
+        if (j + 1 < columns) walk.step();
+      }
+      walk.step();
+      transpose<A>(block);
+      A *to = (A *)memory + origin + i;
+      if (is_direct<A>(p) && lines == L && columns == L) {
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < L; j++) store(to + j * step * plane, block[j] + add[j]);
+      } else if (is_direct<A>(p) && columns == L) {
+        for (int64_t j = 0; j < lines; j++) store(to + j * step * plane, block[j] + add[j]);
+      } else {
+        for (int64_t j = 0; j < lines; j++) {
+          A line[L];
+          store(line, block[j] + add[j]);
+          write_row(memory, p.dtype, origin + j * step * plane + i, 1, columns, line);
+        }
       }
     }
   }
+}
+
+struct PlainWalk {
+  int64_t at;
+  void step() { at++; }
+};
+
+template <class A>
+static void write_tile(void *memory, const dcn_params &p, int64_t channels, int64_t plane,
+                       int64_t image, int64_t begin, int64_t step, int64_t count, int64_t first,
+                       int64_t pixels, const A *tile, int64_t pitch, const void *bias) {
+  write_walked(memory, p, channels, plane, image, begin, step, count, first, pixels, tile,
+               [](int64_t pixel) { return PlainWalk{pixel}; }, pitch, bias);
+}
+
+/* The same from a frame: pixels first .. of the image lie at their places in it. */
+template <class A>
+static void write_frame(void *memory, const dcn_params &p, const Frame &frame, int64_t image,
+                        int64_t begin, int64_t count, int64_t first, int64_t pixels, const A *slab,
+                        int64_t pitch) {
+  write_walked(memory, p, p.in_channels, plane_in(p), image, begin, 1, count, first, pixels, slab,
+               [&](int64_t pixel) { return FrameWalk(frame, first + pixel); }, pitch, nullptr);
 }
 
 }  // namespace DCN_ISA

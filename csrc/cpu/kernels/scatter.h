@@ -1,14 +1,13 @@
 /* The loop between the two products of the backward direction: one visit to each sample's corners.
  *
- *   products[t][i][q]  = sum_c h[i][t, c] slab[at[q][t, i] + c]            for grad_offset, grad_mask
- *   input[at[q] + c]  += weight[q][t, i] mask[t, i] h[i][t, c]             grad_input's share
- *   columns[i][t, c]   = mask[t, i] sum_q weight[q][t, i] slab[at[q] + c]  replaces h, for grad_weight
+ *   products[t][i][q]  = sum_c h[i][t, c] slab[at[t, i] + step(q) + c]     for grad_offset, grad_mask
+ *   input[at + step(q) + c] += weight[q][t, i] h[i][t, c]                  grad_input's share
+ *   columns[i][t, c]   = sum_q weight[q][t, i] slab[at + step(q) + c]      replaces h, for grad_weight
  *
- * Each is optional. Per vector of channels at most nine loads, thirteen multiply-adds and five stores:
- * about 15 cycles where one vector is loaded a cycle and stored every second. Samples outside scatter to
- * the zero pixel's twin behind the image, which nobody reads. Where the block's channels do not fill the
- * last vector its spare lanes belong to the next tap or to a neighbour: they are masked, never
- * multiplied by zero.
+ * The weights hold the mask (bilinear.h). Each is optional. Per vector of channels at most nine loads,
+ * twelve multiply-adds and five stores: 6 cycles at least. Samples outside scatter zeros into the frame
+ * of grad_input, which nobody reads. Where the block's channels do not fill the last vector its spare
+ * lanes belong to the next tap or to a neighbour: they are masked, never multiplied by zero.
  */
 #ifndef DCN_SCATTER_H
 #define DCN_SCATTER_H
@@ -27,10 +26,11 @@ struct Scatter {
 
 /* One sample exactly at -1: no value, nothing to scatter, but a derivative. */
 template <class A>
-static void edge_products(const Scatter<A> &s, const Corners<A> &corners, int64_t at, const A *h,
+static void edge_products(const Scatter<A> &s, const Steps &steps, int64_t corner, const A *h,
                           A *products) {
+  const int64_t step[4] = {0, steps.right, steps.down, steps.both};
   for (int q = 0; q < 4; q++) {
-    const A *v = s.slab + corners.at[q][at];
+    const A *v = s.slab + corner + step[q];
     A sum = 0;
     for (int64_t c = 0; c < s.channels; c++) sum += h[c] * v[c];
     products[q] = sum;
@@ -38,40 +38,40 @@ static void edge_products(const Scatter<A> &s, const Corners<A> &corners, int64_
 }
 
 template <class A, bool PRODUCTS, bool INPUT, bool COLUMNS>
-static void scatter_tap(const Scatter<A> &s, const Corners<A> &corners, int64_t row, int64_t pixels,
-                        A *columns, int64_t pitch, A *products) {
+static void scatter_tap(const Scatter<A> &s, const Steps &steps, const Corners<A> &corners,
+                        bool special, int64_t row, int64_t pixels, A *columns, int64_t pitch,
+                        A *products) {
   typedef typename Vector<A>::V V;
   constexpr int64_t L = Vector<A>::lanes;
   const int64_t whole = s.channels / L * L;
   const typename Vector<A>::Mask tail = first_lanes<A>((int)(s.channels - whole));
   for (int64_t i = 0; i < pixels; i++) {
-    const int64_t at = row + i;
+    const int64_t at = row + i, corner = corners.at[at];
     A *h = columns + i * pitch;
     if (corners.state[at] == EDGE) {
-      if (PRODUCTS) edge_products(s, corners, at, h, products + 4 * i);
+      if (PRODUCTS) edge_products(s, steps, corner, h, products + 4 * i);
       if (COLUMNS)
-        for (int64_t c = 0; c < s.channels; c++) h[c] = 0;
+        for (int64_t c = 0; c < s.channels; c++) h[c] = 0 * corners.rest[at];
       continue;
     }
-    const A *v00 = s.slab + corners.at[0][at], *v01 = s.slab + corners.at[1][at];
-    const A *v10 = s.slab + corners.at[2][at], *v11 = s.slab + corners.at[3][at];
-    A *g00 = s.input + corners.at[0][at], *g01 = s.input + corners.at[1][at];
-    A *g10 = s.input + corners.at[2][at], *g11 = s.input + corners.at[3][at];
+    const A *v00 = s.slab + corner, *v01 = v00 + steps.right;
+    const A *v10 = v00 + steps.down, *v11 = v00 + steps.both;
+    A *g00 = s.input + corner, *g01 = g00 + steps.right;
+    A *g10 = g00 + steps.down, *g11 = g00 + steps.both;
     const V w00 = splat(corners.weight[0][at]), w01 = splat(corners.weight[1][at]);
     const V w10 = splat(corners.weight[2][at]), w11 = splat(corners.weight[3][at]);
-    const V mask = splat(corners.mask[at]);
     V d00 = V{}, d01 = V{}, d10 = V{}, d11 = V{};
     for (int64_t c = 0; c < whole; c += L) { /* the hot loop */
       const V x00 = load(v00 + c), x01 = load(v01 + c), x10 = load(v10 + c), x11 = load(v11 + c);
+      const V hc = load(h + c);
       if (PRODUCTS) {
-        const V hc = load(h + c);
         d00 += hc * x00;
         d01 += hc * x01;
         d10 += hc * x10;
         d11 += hc * x11;
       }
       if (INPUT) {
-        const V hm = mask * load(h + c);
+        const V hm = special ? corners.rest[at] * hc : hc;
         const V y00 = load(g00 + c) + w00 * hm, y01 = load(g01 + c) + w01 * hm;
         const V y10 = load(g10 + c) + w10 * hm, y11 = load(g11 + c) + w11 * hm;
         store(g00 + c, y00);
@@ -79,7 +79,10 @@ static void scatter_tap(const Scatter<A> &s, const Corners<A> &corners, int64_t 
         store(g10 + c, y10);
         store(g11 + c, y11);
       }
-      if (COLUMNS) store(h + c, mask * (w00 * x00 + w01 * x01 + w10 * x10 + w11 * x11));
+      if (COLUMNS) {
+        const V sample = w00 * x00 + w01 * x01 + w10 * x10 + w11 * x11;
+        store(h + c, special ? corners.rest[at] * sample : sample);
+      }
     }
     if (whole < s.channels) {
       const int64_t c = whole;
@@ -93,7 +96,7 @@ static void scatter_tap(const Scatter<A> &s, const Corners<A> &corners, int64_t 
         d11 += hc * x11;
       }
       if (INPUT) {
-        const V hm = mask * hc;
+        const V hm = special ? corners.rest[at] * hc : hc;
         const V y00 = load(g00 + c) + keep<A>(tail, w00 * hm);
         const V y01 = load(g01 + c) + keep<A>(tail, w01 * hm);
         const V y10 = load(g10 + c) + keep<A>(tail, w10 * hm);
@@ -103,8 +106,10 @@ static void scatter_tap(const Scatter<A> &s, const Corners<A> &corners, int64_t 
         store(g10 + c, y10);
         store(g11 + c, y11);
       }
-      if (COLUMNS)
-        store(h + c, pick<A>(tail, mask * (w00 * x00 + w01 * x01 + w10 * x10 + w11 * x11), old));
+      if (COLUMNS) {
+        const V sample = w00 * x00 + w01 * x01 + w10 * x10 + w11 * x11;
+        store(h + c, pick<A>(tail, special ? corners.rest[at] * sample : sample, old));
+      }
     }
     if (PRODUCTS) sum4<A>(d00, d01, d10, d11, products + 4 * i);
   }
@@ -112,12 +117,15 @@ static void scatter_tap(const Scatter<A> &s, const Corners<A> &corners, int64_t 
 
 /* `columns` holds h where products or input are wanted, and the samples afterwards if `samples`. */
 template <class A>
-static void scatter_block(const Scatter<A> &s, const Corners<A> &corners, int64_t taps, int64_t tile,
-                          int64_t pixels, A *columns, int64_t pitch, bool samples) {
+static void scatter_block(const Scatter<A> &s, const Steps &steps, const Corners<A> &corners,
+                          bool special, int64_t taps, int64_t tile, int64_t pixels, A *columns,
+                          int64_t pitch, bool samples) {
   for (int64_t t = 0; t < taps; t++) {
-    A *at = columns + t * s.channels, *products = s.products + 4 * t * tile;
+    A *at = columns + t * s.channels;
+    A *products = s.products ? s.products + 4 * t * tile : nullptr;
     const int64_t row = t * tile;
-#define DCN_TAP(P, I, C) scatter_tap<A, P, I, C>(s, corners, row, pixels, at, pitch, products)
+#define DCN_TAP(P, I, C) \
+  scatter_tap<A, P, I, C>(s, steps, corners, special, row, pixels, at, pitch, products)
     if (samples) {
       if (s.products)
         s.input ? DCN_TAP(true, true, true) : DCN_TAP(true, false, true);
@@ -136,20 +144,21 @@ static void scatter_block(const Scatter<A> &s, const Corners<A> &corners, int64_
 /* The same with one channel per weight group: h = output * weight on the spot, and grad_weight's share
  * (share[t][c] += output mask S) without a product. */
 template <class A>
-static void scatter_depthwise(const Scatter<A> &s, const Corners<A> &corners, int64_t taps,
-                              int64_t tile, int64_t pixels, const A *output, int64_t output_row,
-                              const A *weight, int64_t weight_row, A *share, int64_t share_row) {
+static void scatter_depthwise(const Scatter<A> &s, const Steps &steps, const Corners<A> &corners,
+                              int64_t taps, int64_t tile, int64_t pixels, const A *output,
+                              int64_t output_row, const A *weight, int64_t weight_row, A *share,
+                              int64_t share_row) {
   typedef typename Vector<A>::V V;
   constexpr int64_t L = Vector<A>::lanes;
   for (int64_t t = 0; t < taps; t++)
     for (int64_t i = 0; i < pixels; i++) {
       const int64_t at = t * tile + i;
-      const int32_t state = corners.state[at];
-      const A *v00 = s.slab + corners.at[0][at], *v01 = s.slab + corners.at[1][at];
-      const A *v10 = s.slab + corners.at[2][at], *v11 = s.slab + corners.at[3][at];
+      const bool edge = corners.state[at] == EDGE;
+      const A *v00 = s.slab + corners.at[at], *v01 = v00 + steps.right;
+      const A *v10 = v00 + steps.down, *v11 = v00 + steps.both;
       const V w00 = splat(corners.weight[0][at]), w01 = splat(corners.weight[1][at]);
       const V w10 = splat(corners.weight[2][at]), w11 = splat(corners.weight[3][at]);
-      const V mask = splat(corners.mask[at]);
+      const V rest = splat(corners.rest[at]);
       V d00 = V{}, d01 = V{}, d10 = V{}, d11 = V{};
       for (int64_t c = 0; c < s.channels; c += L) { /* the hot loop */
         const typename Vector<A>::Mask lanes =
@@ -164,21 +173,22 @@ static void scatter_depthwise(const Scatter<A> &s, const Corners<A> &corners, in
           d10 += h * x10;
           d11 += h * x11;
         }
-        if (state == EDGE) continue;
-        if (s.input) {
-          const V hm = mask * h;
-          A *to = s.input + c;
-          const V y00 = load(to + corners.at[0][at]) + keep<A>(lanes, w00 * hm);
-          const V y01 = load(to + corners.at[1][at]) + keep<A>(lanes, w01 * hm);
-          const V y10 = load(to + corners.at[2][at]) + keep<A>(lanes, w10 * hm);
-          const V y11 = load(to + corners.at[3][at]) + keep<A>(lanes, w11 * hm);
-          store(to + corners.at[0][at], y00);
-          store(to + corners.at[1][at], y01);
-          store(to + corners.at[2][at], y10);
-          store(to + corners.at[3][at], y11);
+        if (s.input && !edge) {
+          const V hm = rest * h;
+          A *g00 = s.input + corners.at[at] + c, *g01 = g00 + steps.right;
+          A *g10 = g00 + steps.down, *g11 = g00 + steps.both;
+          const V y00 = load(g00) + keep<A>(lanes, w00 * hm);
+          const V y01 = load(g01) + keep<A>(lanes, w01 * hm);
+          const V y10 = load(g10) + keep<A>(lanes, w10 * hm);
+          const V y11 = load(g11) + keep<A>(lanes, w11 * hm);
+          store(g00, y00);
+          store(g01, y01);
+          store(g10, y10);
+          store(g11, y11);
         }
         if (share) {
-          const V sample = mask * (w00 * x00 + w01 * x01 + w10 * x10 + w11 * x11);
+          const V value = w00 * x00 + w01 * x01 + w10 * x10 + w11 * x11;
+          const V sample = rest * (edge ? V{} : value);
           A *to = share + t * share_row + c;
           store(to, load(to) + keep<A>(lanes, g * sample));
         }

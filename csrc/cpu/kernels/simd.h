@@ -34,6 +34,16 @@ struct Vector<double> {
   static constexpr int lanes = DCN_VECTOR_BYTES / 8;
 };
 
+/* Unsigned integers in the same lanes. */
+template <class A>
+struct Unsigned {
+  typedef uint32_t V __attribute__((vector_size(DCN_VECTOR_BYTES)));
+};
+template <>
+struct Unsigned<double> {
+  typedef uint64_t V __attribute__((vector_size(DCN_VECTOR_BYTES)));
+};
+
 template <class A>
 DCN_INLINE typename Vector<A>::V load(const A *p) {
   return *(const typename Vector<A>::Unaligned *)p;

@@ -49,8 +49,8 @@ static void scatter_tap(const Scatter<A> &s, const Corners<A> &corners, int64_t 
     A *h = columns + i * pitch;
     if (corners.state[at] == EDGE) {
       if (PRODUCTS) edge_products(s, corners, at, h, products + 4 * i);
-      if (COLUMNS)
-        for (int64_t c = 0; c < s.channels; c++) h[c] = 0;
+      if (COLUMNS) /* not plainly 0: the mask may be infinite */
+        for (int64_t c = 0; c < s.channels; c++) h[c] = corners.mask[at] * A(0);
       continue;
     }
     const A *v00 = s.slab + corners.at[0][at], *v01 = s.slab + corners.at[1][at];
@@ -164,8 +164,7 @@ static void scatter_depthwise(const Scatter<A> &s, const Corners<A> &corners, in
           d10 += h * x10;
           d11 += h * x11;
         }
-        if (state == EDGE) continue;
-        if (s.input) {
+        if (s.input && state != EDGE) {
           const V hm = mask * h;
           A *to = s.input + c;
           const V y00 = load(to + corners.at[0][at]) + keep<A>(lanes, w00 * hm);
@@ -178,7 +177,8 @@ static void scatter_depthwise(const Scatter<A> &s, const Corners<A> &corners, in
           store(to + corners.at[3][at], y11);
         }
         if (share) {
-          const V sample = mask * (w00 * x00 + w01 * x01 + w10 * x10 + w11 * x11);
+          const V value = state == EDGE ? V{} : w00 * x00 + w01 * x01 + w10 * x10 + w11 * x11;
+          const V sample = mask * value;
           A *to = share + t * share_row + c;
           store(to, load(to) + keep<A>(lanes, g * sample));
         }

@@ -1,6 +1,6 @@
-"""The doors to `deform_conv2d`: everywhere a caller can hand in arguments, each taking NumPy arrays.
+"""The doors to `deform_conv2d`: everywhere a caller can hand in arguments, all taking NumPy arrays.
 
-A request is a dict of the arguments of `deform_conv2d_backward`, forward doors ignore `grad_output`.
+A request is a dict of the arguments of `deform_conv2d_backward`; forward doors drop `grad_output`.
 A door returns what came out under the names of `testing.OUTPUTS`, as NumPy arrays.
 """
 

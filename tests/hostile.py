@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import oracle
-from doors import DOORS, TENSORS, Request
 
+import oracle
 from dcnlib import testing
 from dcnlib.testing import Call, Geometry
+from doors import DOORS, TENSORS, Request
 
 LARGEST = 2**31 - 1
 
@@ -416,9 +416,7 @@ def dtype_cases() -> Iterator[tuple[str, Case]]:
             for other, other_dtype in (right | wrong).items():
                 if name != other:
                     dtypes = dict.fromkeys(TENSORS, dtype) | {tensor: other_dtype}
-                    case = Case(
-                        _typed(dtypes), "TypeError", (tensor,), backward_only=tensor == "grad_output"
-                    )
+                    case = Case(_typed(dtypes), "TypeError", (tensor,), tensor == "grad_output")
                     yield f"{name}-{tensor}-{other}", case
 
 
@@ -439,7 +437,7 @@ def _typed(dtypes: dict[str, np.dtype]) -> Callable[[], Request]:
 class Liar(np.ndarray):
     """An array that claims another shape or dtype than its memory has."""
 
-    claims: dict[str, Any] = {}
+    claims: dict[str, Any]
 
     @property
     def shape(self):

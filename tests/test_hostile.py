@@ -1,18 +1,19 @@
 """Hostile arguments through every door: no signal, no silent nonsense, one form of error.
 
-`hostile.py` has the cases and what each must lead to, `doors.py` the doors. Each door's cases run in
-a child process (`isolated.py`), so a crash is the failure of one case and says which.
+`hostile.py` has the cases and what each must lead to, `doors.py` the doors. Each door's cases run
+in a child process (`isolated.py`), so a crash is the failure of one case and says which.
 """
 
 import re
 from functools import cache
 
-import hostile
-import isolated
 import pytest
-from doors import DOORS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+import hostile
+import isolated
+from doors import DOORS
 
 FORM = re.compile(r"(\w+): (\w+): ([^;]+); expected ([^;]+), got (.+)", re.DOTALL)
 
@@ -141,4 +142,3 @@ def test_no_memory_for_a_huge_argument():
     """Stride-0 arrays of petabytes are legal; no copy of them fits."""
     answers = isolated.outcomes("hostile", "run_out_of_memory", list(DOORS))
     assert [answer.get("error") for answer in answers] == ["MemoryError"] * len(DOORS), answers
-

@@ -87,6 +87,9 @@ class Columns(NamedTuple):
     """For each of the four q around p: its row and column in the padded image, and G(q, p)
     where p lies inside (0 elsewhere); (G, K, P)."""
     inside: np.ndarray
+    has_value: np.ndarray
+    """Where p is inside or NaN; (G, K, P). Elsewhere the sample is 0, whatever happens to it."""
+    has_slope: np.ndarray
 
 
 def columns(problem: DeformConv2dProblem, x: np.ndarray, offset: np.ndarray) -> Columns:
@@ -110,6 +113,7 @@ def columns(problem: DeformConv2dProblem, x: np.ndarray, offset: np.ndarray) -> 
     )
     in_cells, inside = in_cells_y & in_cells_x, inside_y & inside_x
     nan = np.isnan(offset[:, :, 0]) | np.isnan(offset[:, :, 1])
+    has_value, has_slope = inside | nan, in_cells | nan
 
     # Zeros all round stand for everything outside the image: cell -1 is row 0 of the padded image.
     padded = np.pad(x, ((0, 0), (1, 1), (1, 1)))
@@ -133,7 +137,7 @@ def columns(problem: DeformConv2dProblem, x: np.ndarray, offset: np.ndarray) -> 
         np.where(nan, x.dtype.type(np.nan), np.where(where, a, 0)).reshape(len(x), k, -1)
         for a, where in ((value, in_value), (slope_y, in_cells), (slope_x, in_cells))
     )
-    return Columns(*samples, corners, inside)
+    return Columns(*samples, corners, inside, has_value, has_slope)
 
 
 def convolve(problem, x, offset, weight, bias, mask) -> np.ndarray:
@@ -149,7 +153,7 @@ def convolve(problem, x, offset, weight, bias, mask) -> np.ndarray:
 def differentiate(problem, grad_output, x, offset, weight, mask) -> Gradients:
     """All five gradients of sum(grad_output * y), for one image."""
     channels, k, g = problem.in_channels, problem.taps, problem.offset_groups
-    s, slope_y, slope_x, corners, inside = columns(problem, x, offset)
+    s, slope_y, slope_x, corners, inside, has_value, has_slope = columns(problem, x, offset)
     m = _per_channel(problem, mask)
     w = weight.reshape(problem.groups, problem.out_channels // problem.groups, -1)
     dy = grad_output.reshape(problem.groups, w.shape[1], -1)
@@ -163,13 +167,14 @@ def differentiate(problem, grad_output, x, offset, weight, mask) -> Gradients:
     upstream = (w.swapaxes(1, 2) @ dy).reshape(channels, k, -1)
 
     # dL/dm = sum_c upstream * s,   dL/d(dp) = sum_c upstream * m * ds/dp;  c within its group
-    def over_channels(values):
-        return values.reshape(g, channels // g, k, -1).sum(axis=1)
+    # A sample outside does not depend on them: exactly 0, not 0 times what may be infinite.
+    def over_channels(values, where):
+        return np.where(where, values.reshape(g, channels // g, k, -1).sum(axis=1), 0)
 
-    grad_mask = over_channels(upstream * s)
+    grad_mask = over_channels(upstream * s, has_value)
     grad_sample = upstream * m
     grad_offset = np.stack(
-        [over_channels(grad_sample * slope_y), over_channels(grad_sample * slope_x)], axis=2
+        [over_channels(grad_sample * slope, has_slope) for slope in (slope_y, slope_x)], axis=2
     )
 
     # dL/dx(q) = sum over the samples p around q of G(q, p) * upstream * m

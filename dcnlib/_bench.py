@@ -67,7 +67,7 @@ _PASSES = ("forward", "forward + backward")
 
 def bench(rounds: int = 5, layers: tuple[Layer, ...] = LAYERS) -> dict[str, Any]:
     """Measure; a dict that JSON can hold, with a row for each layer and pass."""
-    threads = _config.get_num_threads()
+    setting = _config._explicit_threads
     _config.set_num_threads(1)
     try:
         rivals, rows = _rivals(), []
@@ -87,7 +87,7 @@ def bench(rounds: int = 5, layers: tuple[Layer, ...] = LAYERS) -> dict[str, Any]
                     row[f"ratio_{rival}"] = statistics.median(a / b for a, b in pairs)
                 rows.append(row)
     finally:
-        _config.set_num_threads(threads)
+        _config._explicit_threads = setting
     return {
         "dcnlib": __version__,
         "cpu": cpu_model(),

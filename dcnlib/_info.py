@@ -38,7 +38,7 @@ def show_config() -> None:
 
 def collect() -> dict[str, Any]:
     """Everything that `text` shows, with the advice as a list of sentences."""
-    threads, decided_by = _config.thread_setting(_torch_threads())
+    threads, decided_by = _threads()
     report: dict[str, Any] = {
         "dcnlib": __version__,
         "python": platform.python_version(),
@@ -94,10 +94,8 @@ def text(report: dict[str, Any]) -> str:
 
 def summary() -> str:
     """One line for logs: version, instruction set, threads and processor."""
-    threads, decided_by = _config.thread_setting(_torch_threads())
+    threads, decided_by = _threads()
     team = f"{threads} {'thread' if threads == 1 else 'threads'} ({decided_by})"
-    if not _core.openmp():
-        team = "1 thread (built without OpenMP)"
     return f"dcnlib {__version__}: cpu backend, {_core.isa()}, {team}, {cpu_model()}"
 
 
@@ -152,10 +150,12 @@ def _advice(report: dict[str, Any]) -> list[str]:
     return advice
 
 
-def _torch_threads() -> int | None:
-    """torch's setting where torch has been imported: calls with tensors follow it."""
+def _threads() -> tuple[int, str]:
+    """The number of threads and what decided it; with torch imported, that of calls through it."""
+    if not _core.openmp():
+        return 1, "built without OpenMP"
     torch = sys.modules.get("torch")
-    return None if torch is None else torch.get_num_threads()
+    return _config.thread_setting(None if torch is None else torch.get_num_threads())
 
 
 def version_of(package: str) -> str | None:

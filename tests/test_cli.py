@@ -134,12 +134,12 @@ class TestBench:
             assert row["gflops"] > 0
             assert all(row[f"ratio_{rival}"] > 0 for rival in timings["against"])
 
-    def test_restores_threads(self, timings):
-        assert _config._explicit_threads is None
-        before = dcnlib.get_num_threads()
-        _bench.bench(1, TINY[:1])
-        assert dcnlib.get_num_threads() == before
-        assert _config._explicit_threads is None
+    @pytest.mark.parametrize("setting", [None, 3])
+    def test_leaves_the_threads_as_they_were(self, monkeypatch, setting):
+        """Not set where nobody had: the environment and torch still decide then."""
+        monkeypatch.setattr(_config, "_explicit_threads", setting)
+        assert _bench.bench(1, TINY[:1])["threads"] == 1
+        assert _config._explicit_threads == setting
 
     def test_json_holds_it(self, timings):
         assert json.loads(json.dumps(timings)) == timings

@@ -109,6 +109,7 @@ def test_missing_core_says_what_to_do(source_only, code):
     last = child.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: dcnlib: its compiled part is missing or does not load")
     assert "python -m pip install -e ." in last
+    assert "circular" not in last
 
 
 def test_broken_core_says_why(source_only):

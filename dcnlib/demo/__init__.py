@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,8 @@ SIZES = {
     "full": _Size(4000, 1000, 12, 3),
 }
 
+_BAR = "{desc:<28} {percentage:3.0f} % |{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
+
 
 def run(size: str = "default", output: str | Path = "demo-output", seed: int = 0) -> list:
     """Train, print, draw; the results of all runs (`networks.Result`)."""
@@ -46,10 +49,11 @@ def run(size: str = "default", output: str | Path = "demo-output", seed: int = 0
 
     results = []
     steps = epochs * (train // networks.BATCH)
+    bars = {"bar_format": _BAR, "ncols": 96, "mininterval": 0.2 if sys.stderr.isatty() else 10}
     for number in range(seed, seed + seeds):
         for name in networks.NAMES:
             label = name if seeds == 1 else f"{name}, seed {number}"
-            with tqdm(total=steps, desc=f"{label:<29}", unit="step", ncols=96) as bar:
+            with tqdm(total=steps, desc=label, **bars) as bar:
 
                 def advance(accuracy: float | None, bar: tqdm = bar) -> None:
                     if accuracy is None:

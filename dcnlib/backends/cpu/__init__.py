@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import numpy as np
 
 from ... import _config
 
-try:
-    from . import _core
+try:  # "from . import" would call a missing module a circular import
+    _core = importlib.import_module("._core", __name__)
 except ImportError as error:
     raise ImportError(
         "dcnlib: its compiled part is missing or does not load "

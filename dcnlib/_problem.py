@@ -113,6 +113,8 @@ def _text(op: str, argument: str, rule: str, expected: object, got: object, cure
 
 def integer(op: str, argument: str, value: Any, lowest: int) -> int:
     """`value` as an int in [lowest, 2147483647]; floats, bools and strings are no integers."""
+    if type(value) is int and lowest <= value <= LARGEST:
+        return value
     expected = f"an int in [{lowest}, {LARGEST}]"
     try:
         # bool has __index__, numpy's and torch's bools too: none of them counts anything.
@@ -322,7 +324,7 @@ def _ranked(op: str, name: str, shape: Shape, rank: int, layout: str) -> Shape:
 
 def _no_zero(op: str, name: str, shape: Shape) -> None:
     for size in shape:
-        if not 1 <= size <= LARGEST:
+        if size < 1 or (_is_number(size) and size > LARGEST):
             raise value_error(
                 op,
                 name,
@@ -449,6 +451,8 @@ def _addressable(op: str, problem: DeformConv2dProblem) -> None:
         ("weight", problem.weight_shape),
         ("output", problem.output_shape),
     ):
+        if not all(map(_is_number, shape)):
+            continue
         elements = 1
         for size in shape:
             elements *= size
@@ -460,6 +464,11 @@ def _addressable(op: str, problem: DeformConv2dProblem) -> None:
                 f"sizes up to {LARGEST} and less than 2**60 elements",
                 tuple(shape),
             )
+
+
+def _is_number(size: Any) -> bool:
+    """Not a symbol: limits of symbols would become conditions of a graph, and are checked in it."""
+    return type(size) is int
 
 
 def _kind(value: Any) -> str:

@@ -138,7 +138,7 @@ def deform_conv2d(
         stride, padding, dilation, groups, offset_groups = arguments
         return _torch_ops().deform_conv2d(
             input, offset, weight, bias, stride, padding, dilation, mask,
-            groups=groups, offset_groups=offset_groups, backend=backend,
+            groups, offset_groups, backend,
         )  # fmt: skip
     input, offset, weight, bias, mask = map(_memory, arrays.values())
     arguments = _arguments(op, weight, stride, padding, dilation, groups, offset_groups)
@@ -239,8 +239,7 @@ def deform_conv2d_backward(
         stride, padding, dilation, groups, offset_groups = arguments
         grads = _torch_ops().deform_conv2d_backward(
             grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
-            groups=groups, offset_groups=offset_groups, backend=backend,
-            output_mask=[True, True, True, bias is not None, mask is not None],
+            groups, offset_groups, backend, [True, True, True, bias is not None, mask is not None],
         )  # fmt: skip
         return DeformConv2dGradients(
             *grads[:3],
@@ -354,8 +353,14 @@ def _plain(array: np.ndarray) -> np.ndarray:
     return np.require(array, array.dtype.newbyteorder("="), ("C_CONTIGUOUS", "ALIGNED"))
 
 
-@cache
-def _torch_ops():
-    from . import torch_ops
+_torch_ops_module: Any = None
 
-    return torch_ops
+
+def _torch_ops() -> Any:
+    """`dcnlib.torch_ops`, imported by the first call with a tensor."""
+    global _torch_ops_module
+    if _torch_ops_module is None:
+        from . import torch_ops
+
+        _torch_ops_module = torch_ops
+    return _torch_ops_module

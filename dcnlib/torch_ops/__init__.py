@@ -1,4 +1,4 @@
-"""torch.ops.dcnlib: the operators as torch sees them. With `nn` and `compat`, all that imports torch.
+"""torch.ops.dcnlib: the operators as torch sees them; with `nn` and `compat` all that imports it.
 
     schemas.py      definitions, the check of a call, fake kernels: the contract
     kernels.py      CPU and CUDA: tensors to addresses, new tensors for results, call a backend
@@ -11,13 +11,11 @@ Importing registers everything, once in a process: what torch already knows is l
 
 from __future__ import annotations
 
-import torch
-
 from . import autograd, kernels, schemas, transforms
+from .autograd import deform_conv2d, deform_conv2d_backward
 
 if schemas.define():
     for part in (schemas, kernels, autograd, transforms):
         part.register()
 
-deform_conv2d = torch.ops.dcnlib.deform_conv2d.default
-deform_conv2d_backward = torch.ops.dcnlib.deform_conv2d_backward.default
+__all__ = ["deform_conv2d", "deform_conv2d_backward"]

@@ -23,7 +23,7 @@ class _Samples(NamedTuple):
     slope_y: Tensor
     slope_x: Tensor
     corners: list[tuple[Tensor, Tensor]]
-    """For each of the four q around p: its place in the padded image and G(q, p), (N, G, 1, K, P)."""
+    """For each of the four q around p: place in the padded image and G(q, p), (N, G, 1, K, P)."""
     inside: Tensor
 
 

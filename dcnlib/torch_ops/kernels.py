@@ -39,12 +39,12 @@ def register() -> None:
 
 
 def _forward(
-    input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), mask=None,
-    *, groups=None, offset_groups=None, backend=None,
+    input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1),
+    mask=None, groups=None, offset_groups=None, backend=None,
 ):  # fmt: skip
     call = problem(
         FORWARD, None, input, offset, weight, bias, stride, padding, dilation, mask,
-        groups=groups, offset_groups=offset_groups, symbolic=False,
+        groups, offset_groups, symbolic=False,
     )  # fmt: skip
     chosen = choose(FORWARD, backend, input.device.type)
     if chosen.name == "reference":
@@ -70,13 +70,13 @@ def _forward(
 
 def _backward(
     grad_output, input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0),
-    dilation=(1, 1), mask=None, *, groups=None, offset_groups=None, backend=None,
+    dilation=(1, 1), mask=None, groups=None, offset_groups=None, backend=None,
     output_mask=(True, True, True, True, True),
 ):  # fmt: skip
     output_mask = wanted(BACKWARD, output_mask, mask)
     call = problem(
         BACKWARD, grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
-        groups=groups, offset_groups=offset_groups, wants_bias=output_mask[3], symbolic=False,
+        groups, offset_groups, wants_bias=output_mask[3], symbolic=False,
     )  # fmt: skip
     chosen = choose(BACKWARD, backend, input.device.type)
     if chosen.name == "reference":
@@ -97,7 +97,7 @@ def _backward(
             offset.data_ptr(),
             weight.data_ptr(),
             None if mask is None else mask.data_ptr(),
-            [g.data_ptr() if is_wanted else None for g, is_wanted in zip(grads, output_mask)],
+            [g.data_ptr() if w else None for g, w in zip(grads, output_mask, strict=True)],
             **_where(input),
         )
     return grads
@@ -111,17 +111,17 @@ def _where(tensor: Tensor) -> dict[str, int]:
     return {"num_threads": _config.num_threads(torch.get_num_threads())}
 
 
-def _dense(
-    op: str, name: str, tensor: Tensor | None, channels_last: bool = False
-) -> Tensor | None:
+def _dense(op: str, name: str, tensor: Tensor | None, channels_last: bool = False) -> Tensor | None:
     """`tensor` as native code reads it: whole, in order, aligned."""
     if tensor is None:
         return None
     if channels_last:
         tensor = tensor.contiguous(memory_format=torch.channels_last)
-    else:
+    elif not tensor.is_contiguous():
         tensor = tensor.contiguous()
     address = tensor.data_ptr()
+    if address % 8 == 0 and address:
+        return tensor
     if address == 0 and tensor.numel():
         raise value_error(
             op,
@@ -134,8 +134,8 @@ def _dense(
 
 
 def _no_forward(
-    input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), mask=None,
-    *, groups=None, offset_groups=None, backend=None,
+    input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1),
+    mask=None, groups=None, offset_groups=None, backend=None,
 ):  # fmt: skip
     check_dense(FORWARD, input=input, offset=offset, weight=weight, bias=bias, mask=mask)
     choose(FORWARD, backend, input.device.type)
@@ -143,7 +143,7 @@ def _no_forward(
 
 def _no_backward(
     grad_output, input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0),
-    dilation=(1, 1), mask=None, *, groups=None, offset_groups=None, backend=None,
+    dilation=(1, 1), mask=None, groups=None, offset_groups=None, backend=None,
     output_mask=(True, True, True, True, True),
 ):  # fmt: skip
     tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}

@@ -15,7 +15,6 @@ from torch import Tensor
 from .._problem import (
     DeformConv2dProblem,
     Shape,
-    Spec,
     deform_conv2d_problem,
     four_sides,
     optional_integer,
@@ -31,7 +30,7 @@ FORWARD, BACKWARD = "deform_conv2d", "deform_conv2d_backward"
 # bias: its gradient can be had without it.
 _CALL = (
     "Tensor input, Tensor offset, Tensor weight, Tensor? bias=None, int[2] stride=1, "
-    "int[4] padding=0, int[2] dilation=1, Tensor? mask=None, *, int? groups=None, "
+    "int[4] padding=0, int[2] dilation=1, Tensor? mask=None, int? groups=None, "
     "int? offset_groups=None, str? backend=None"
 )
 _SCHEMAS = (
@@ -75,7 +74,6 @@ def problem(
     padding: Sequence[int],
     dilation: Sequence[int],
     mask: Tensor | None,
-    *,
     groups: int | None = None,
     offset_groups: int | None = None,
     backend: str | None = None,
@@ -87,22 +85,18 @@ def problem(
     Where no size is a symbol, a repeated call costs one look-up.
     """
     device = input.device
-    if not (
-        offset.device == weight.device == device
-        and (mask is None or mask.device == device)
-        and (bias is None or bias.device == device)
-        and (grad_output is None or grad_output.device == device)
-    ):
-        tensors = (grad_output, input, offset, weight, bias, mask)
-        raise _different_devices(op, device, tensors)
+    tensors = (grad_output, input, offset, weight, bias, mask)
+    for tensor in tensors:
+        if tensor is not None and tensor.device != device:
+            raise _different_devices(op, device, tensors)
     return (_problem if symbolic else _cached_problem)(
         op,
-        _spec(input),
-        _spec(offset),
-        _spec(weight),
-        _spec(bias),
-        _spec(mask),
-        _spec(grad_output),
+        (input.shape, input.dtype),
+        (offset.shape, offset.dtype),
+        (weight.shape, weight.dtype),
+        None if bias is None else (bias.shape, bias.dtype),
+        None if mask is None else (mask.shape, mask.dtype),
+        None if grad_output is None else (grad_output.shape, grad_output.dtype),
         tuple(stride),
         tuple(padding),
         tuple(dilation),
@@ -167,46 +161,51 @@ def new_gradients(
         problem.bias_shape,
         problem.unbatch(problem.mask_shape),
     )
-    return tuple(
-        new_like(input, shape if is_wanted else (0,), is_wanted and i == 0 and problem.channels_last)
-        for i, (shape, is_wanted) in enumerate(zip(shapes, output_mask, strict=True))
-    )
+    grads = [
+        new_like(input, shape if is_wanted else (0,))
+        for shape, is_wanted in zip(shapes[1:], output_mask[1:], strict=True)
+    ]
+    first = shapes[0] if output_mask[0] else (0,)
+    return new_like(input, first, problem.channels_last and output_mask[0]), *grads
 
 
 def _fake_forward(
-    input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), mask=None,
-    *, groups=None, offset_groups=None, backend=None,
+    input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1),
+    mask=None, groups=None, offset_groups=None, backend=None,
 ):  # fmt: skip
     check_dense(FORWARD, input=input, offset=offset, weight=weight, bias=bias, mask=mask)
     call = problem(
         FORWARD, None, input, offset, weight, bias, stride, padding, dilation, mask,
-        groups=groups, offset_groups=offset_groups,
+        groups, offset_groups,
     )  # fmt: skip
     return new_output(call, input)
 
 
 def _fake_backward(
     grad_output, input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0),
-    dilation=(1, 1), mask=None, *, groups=None, offset_groups=None, backend=None,
+    dilation=(1, 1), mask=None, groups=None, offset_groups=None, backend=None,
     output_mask=(True, True, True, True, True),
 ):  # fmt: skip
     tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     check_dense(BACKWARD, grad_output=grad_output, **tensors)
     call = problem(
         BACKWARD, grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
-        groups=groups, offset_groups=offset_groups,
+        groups, offset_groups,
     )  # fmt: skip
     return new_gradients(call, input, wanted(BACKWARD, output_mask, mask))
 
 
+_TorchSpec = tuple[torch.Size, torch.dtype]
+
+
 def _problem(
     op: str,
-    input: Spec,
-    offset: Spec,
-    weight: Spec,
-    bias: Spec | None,
-    mask: Spec | None,
-    grad_output: Spec | None,
+    input: _TorchSpec,
+    offset: _TorchSpec,
+    weight: _TorchSpec,
+    bias: _TorchSpec | None,
+    mask: _TorchSpec | None,
+    grad_output: _TorchSpec | None,
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
@@ -215,24 +214,23 @@ def _problem(
     channels_last: bool,
     wants_bias: bool,
 ) -> DeformConv2dProblem:
-    """`deform_conv2d_problem` of a raw call's integers."""
+    """`deform_conv2d_problem` of a raw call's sizes, dtypes and integers."""
     stride = pair(op, "stride", stride)
     dilation = pair(op, "dilation", dilation)
     padding = four_sides(op, padding, weight[0][-2:], stride, dilation)
     groups = optional_integer(op, "groups", groups)
     offset_groups = optional_integer(op, "offset_groups", offset_groups)
+    specs = (
+        None if spec is None else (tuple(spec[0]), _DTYPE_NAMES[spec[1]])
+        for spec in (input, offset, weight, bias, mask, grad_output)
+    )
     call = deform_conv2d_problem(
-        op, input, offset, weight, bias, mask, grad_output, stride, padding, dilation,
-        groups, offset_groups, channels_last,
-    )  # fmt: skip
+        op, *specs, stride, padding, dilation, groups, offset_groups, channels_last
+    )
     return call._replace(has_bias=True) if wants_bias else call
 
 
 _cached_problem = lru_cache(maxsize=1024)(_problem)
-
-
-def _spec(tensor: Tensor | None) -> Spec | None:
-    return None if tensor is None else (tensor.shape, _DTYPE_NAMES[tensor.dtype])
 
 
 def _is_channels_last(input: Tensor) -> bool:

@@ -27,7 +27,7 @@ def register() -> None:
 def _autocast(device: str) -> Callable[..., Tensor]:
     def forward(
         input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1),
-        mask=None, **options,
+        mask=None, *options,
     ):  # fmt: skip
         dtype = torch.get_autocast_dtype(device)
         castable = (torch.float32, torch.float16, torch.bfloat16)
@@ -37,7 +37,7 @@ def _autocast(device: str) -> Callable[..., Tensor]:
         )
         with torch.autocast(device, enabled=False):
             return torch.ops.dcnlib.deform_conv2d.default(
-                input, offset, weight, bias, stride, padding, dilation, mask, **options
+                input, offset, weight, bias, stride, padding, dilation, mask, *options
             )
 
     return forward
@@ -45,40 +45,40 @@ def _autocast(device: str) -> Callable[..., Tensor]:
 
 def _vmap_forward(
     info, in_dims, input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0),
-    dilation=(1, 1), mask=None, **options,
+    dilation=(1, 1), mask=None, groups=None, offset_groups=None, backend=None,
 ):  # fmt: skip
     place = (stride, padding, dilation)
     tensors = (input, offset, weight, bias, mask)
     axes = _axes(in_dims, (0, 1, 2, 3, 7))
     example = _examples(tensors, axes)
-    call = problem(FORWARD, None, *example[:4], *place, example[4], **options)
+    call = problem(FORWARD, None, *example[:4], *place, example[4], groups, offset_groups)
     fold = _Fold(info.batch_size, call, axes[2] is not None or axes[3] is not None)
     input, offset, mask = (fold.image(tensors[i], axes[i]) for i in (0, 1, 4))
     weight, bias = (fold.weight(tensors[i], axes[i]) for i in (2, 3))
     output = torch.ops.dcnlib.deform_conv2d.default(
-        input, offset, weight, bias, *place, mask, **fold.options(options)
+        input, offset, weight, bias, *place, mask, *fold.groups(groups, offset_groups), backend
     )
     return fold.unfold_image(output)
 
 
 def _vmap_backward(
     info, in_dims, grad_output, input, offset, weight, bias=None, stride=(1, 1),
-    padding=(0, 0, 0, 0), dilation=(1, 1), mask=None, *,
-    output_mask=(True, True, True, True, True), **options,
+    padding=(0, 0, 0, 0), dilation=(1, 1), mask=None, groups=None, offset_groups=None, backend=None,
+    output_mask=(True, True, True, True, True),
 ):  # fmt: skip
     output_mask = wanted(BACKWARD, output_mask, mask)
     place = (stride, padding, dilation)
     tensors = (grad_output, input, offset, weight, bias, mask)
     axes = _axes(in_dims, (0, 1, 2, 3, 4, 8))
     example = _examples(tensors, axes)
-    call = problem(BACKWARD, *example[:5], *place, example[5], **options)
+    call = problem(BACKWARD, *example[:5], *place, example[5], groups, offset_groups)
     # Each example has its own gradient of a weight, even of one that all of them share.
     by_groups = axes[3] is not None or output_mask[2] or output_mask[3]
     fold = _Fold(info.batch_size, call, by_groups)
     grad_output, input, offset, mask = (fold.image(tensors[i], axes[i]) for i in (0, 1, 2, 5))
     grads = torch.ops.dcnlib.deform_conv2d_backward.default(
         grad_output, input, offset, fold.weight(weight, axes[3]), None, *place, mask,
-        output_mask=output_mask, **fold.options(options),
+        *fold.groups(groups, offset_groups), backend, output_mask,
     )  # fmt: skip
     unfold = (
         fold.unfold_image,
@@ -116,13 +116,11 @@ class _Fold:
             return tensor
         return self._mapped(tensor, axis).flatten(0, 1)
 
-    def options(self, options: dict) -> dict:
+    def groups(self, *groups: int | None) -> tuple[int | None, ...]:
+        """groups and offset_groups of the one call."""
         if not self.by_groups:
-            return options
-        return options | {
-            "groups": self.size * self.call.groups,
-            "offset_groups": self.size * self.call.offset_groups,
-        }
+            return groups
+        return self.size * self.call.groups, self.size * self.call.offset_groups
 
     def unfold_image(self, tensor: Tensor) -> tuple[Tensor, int]:
         """The result for each example, and the mapped axis."""
@@ -148,9 +146,7 @@ def _axes(in_dims: Sequence, places: Sequence[int]) -> list[int | None]:
     return [in_dims[i] if i < len(in_dims) else None for i in places]
 
 
-def _examples(
-    tensors: Sequence[Tensor | None], axes: Sequence[int | None]
-) -> list[Tensor | None]:
+def _examples(tensors: Sequence[Tensor | None], axes: Sequence[int | None]) -> list[Tensor | None]:
     """Stand-ins for what one example gets, to be checked: shape, dtype and device."""
     examples = []
     for tensor, axis in zip(tensors, axes, strict=True):

@@ -1,0 +1,4 @@
+"""Other libraries' names, argument orders and defaults on top of dcnlib; each imports torch.
+
+`paddle`    ``paddle.vision.ops.deform_conv2d`` and ``DeformConv2D``
+"""

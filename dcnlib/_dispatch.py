@@ -49,21 +49,27 @@ def choose(op: str, backend: str | None, device: str) -> ModuleType:
 
     An explicit request never falls back: if it declines, the error carries its reason.
     """
+    check_name(op, backend)
     if backend is None:
         backend = _FOR_DEVICE.get(device)
         if backend is None:
             raise value_error(op, "input", "no backend for this device", "cpu or cuda", device)
-    elif not isinstance(backend, str):
-        raise type_error(
-            op, "backend", "must be a name or None", ", ".join(_NAMES), type(backend).__name__
-        )
-    elif backend not in _NAMES:
-        raise value_error(op, "backend", "unknown name", ", ".join(_NAMES), repr(backend))
     module = _load(backend)
     reason = module.why_not(device)
     if reason is not None:
         raise RuntimeError(f"{op}: backend: {backend!r} cannot run on {device}: {reason}")
     return module
+
+
+def check_name(op: str, backend: str | None) -> None:
+    """`backend` is None or a backend's name, whether that can run or not."""
+    if backend is None or (isinstance(backend, str) and backend in _NAMES):
+        return
+    if not isinstance(backend, str):
+        raise type_error(
+            op, "backend", "must be a name or None", ", ".join(_NAMES), type(backend).__name__
+        )
+    raise value_error(op, "backend", "unknown name", ", ".join(_NAMES), repr(backend))
 
 
 @cache

@@ -134,6 +134,7 @@ def deform_conv2d(
     op = "deform_conv2d"
     arrays = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     if _is_torch(op, arrays):
+        _dispatch.check_name(op, backend)
         arguments = _arguments(op, weight, stride, padding, dilation, groups, offset_groups)
         stride, padding, dilation, groups, offset_groups = arguments
         return _torch_ops().deform_conv2d(
@@ -235,6 +236,7 @@ def deform_conv2d_backward(
         "mask": mask,
     }
     if _is_torch(op, arrays):
+        _dispatch.check_name(op, backend)
         arguments = _arguments(op, weight, stride, padding, dilation, groups, offset_groups)
         stride, padding, dilation, groups, offset_groups = arguments
         grads = _torch_ops().deform_conv2d_backward(
@@ -289,6 +291,8 @@ def _is_torch(op: str, arrays: dict[str, Any]) -> bool:
         if array is None and name in ("bias", "mask"):
             continue
         if first and isinstance(array, tensor):
+            if array.is_nested:
+                _torch_ops().check_dense(op, **{name: array})
             continue
         if not first and isinstance(array, np.ndarray) and not _is_masked(array):
             continue

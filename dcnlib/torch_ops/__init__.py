@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from . import autograd, kernels, schemas, transforms
 from .autograd import deform_conv2d, deform_conv2d_backward
+from .schemas import check_dense
 
-if schemas.define():
+if schemas.DEFINED_HERE:
     for part in (schemas, kernels, autograd, transforms):
         part.register()
 
-__all__ = ["deform_conv2d", "deform_conv2d_backward"]
+__all__ = ["check_dense", "deform_conv2d", "deform_conv2d_backward"]

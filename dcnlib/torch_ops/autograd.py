@@ -21,7 +21,15 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from . import composite
-from .schemas import BACKWARD, FORWARD, LIBRARY, problem, wanted
+from .schemas import (
+    BACKWARD,
+    FORWARD,
+    LIBRARY,
+    backward_operator,
+    forward_operator,
+    problem,
+    wanted,
+)
 
 
 def register() -> None:
@@ -29,40 +37,42 @@ def register() -> None:
     LIBRARY.impl(BACKWARD, _backward, "Autograd", with_keyset=True)
 
 
-def deform_conv2d(input, offset, weight, bias, stride, padding, dilation, mask, *options) -> Tensor:
-    """The forward operator, all arguments given."""
-    return _call(
-        torch.ops.dcnlib.deform_conv2d.default,
-        (input, offset, weight, bias, mask),
-        (input, offset, weight, bias, stride, padding, dilation, mask, *options),
-    )
+def deform_conv2d(
+    input, offset, weight, bias, stride, padding, dilation, mask, groups, offset_groups, backend
+) -> Tensor:  # fmt: skip
+    """The forward operator."""
+    arguments = (
+        input, offset, weight, bias, stride, padding, dilation, mask, groups, offset_groups, backend
+    )  # fmt: skip
+    if _may_record((input, offset, weight, bias, mask)):
+        return forward_operator(*arguments)
+    with _AutoDispatchBelowAutograd():
+        return forward_operator(*arguments)
 
 
 def deform_conv2d_backward(
-    grad_output, input, offset, weight, bias, stride, padding, dilation, mask, *options
-) -> tuple[Tensor, ...]:
-    """The backward operator, all arguments given."""
-    return _call(
-        torch.ops.dcnlib.deform_conv2d_backward.default,
-        (grad_output, input, offset, weight, mask),
-        (grad_output, input, offset, weight, bias, stride, padding, dilation, mask, *options),
-    )
+    grad_output, input, offset, weight, bias, stride, padding, dilation, mask, groups,
+    offset_groups, backend, output_mask,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The backward operator."""
+    arguments = (
+        grad_output, input, offset, weight, bias, stride, padding, dilation, mask, groups,
+        offset_groups, backend, output_mask,
+    )  # fmt: skip
+    if _may_record((grad_output, input, offset, weight, mask)):
+        return backward_operator(*arguments)
+    with _AutoDispatchBelowAutograd():
+        return backward_operator(*arguments)
 
 
-def _call(operator: torch._ops.OpOverload, tensors: tuple[Tensor | None, ...], arguments: tuple):
-    """The operator, spared the way through the kernels below where there is nothing to record.
-
-    That way costs 7 microseconds.
-    """
-    if (
+def _may_record(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a call needs the kernels below. The way through them costs 7 microseconds."""
+    return (
         torch.compiler.is_compiling()
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or (torch.is_grad_enabled() and _requires_grad(tensors))
-    ):
-        return operator(*arguments)
-    with _AutoDispatchBelowAutograd():
-        return operator(*arguments)
+    )
 
 
 def _forward(
@@ -77,7 +87,7 @@ def _forward(
     if torch.is_grad_enabled() and _requires_grad(tensors):
         return _record(_Forward, keyset, *tensors, place, options)
     return _below(
-        torch.ops.dcnlib.deform_conv2d.default,
+        forward_operator,
         keyset, input, offset, weight, bias, stride, padding, dilation, mask, *options,
     )  # fmt: skip
 
@@ -97,7 +107,7 @@ def _backward(
     if torch.is_grad_enabled() and _requires_grad(tensors):
         return _record(_Backward, keyset, *tensors, bias, place, options, output_mask)
     return _below(
-        torch.ops.dcnlib.deform_conv2d_backward.default,
+        backward_operator,
         keyset, grad_output, input, offset, weight, bias, stride, padding, dilation, mask, *options,
         output_mask,
     )  # fmt: skip
@@ -112,7 +122,7 @@ class _Forward(_SingleLevelFunction):
         ctx.save_for_backward(input, offset, weight, mask)
         ctx.place, ctx.options = place, options
         return _below_record(
-            torch.ops.dcnlib.deform_conv2d.default,
+            forward_operator,
             keyset, input, offset, weight, bias, *place, mask, *options,
         )  # fmt: skip
 
@@ -139,7 +149,7 @@ class _Backward(_SingleLevelFunction):
         ctx.save_for_backward(grad_output, input, offset, weight, mask)
         ctx.place, ctx.options = place, options
         return _below_record(
-            torch.ops.dcnlib.deform_conv2d_backward.default,
+            backward_operator,
             keyset, grad_output, input, offset, weight, bias, *place, mask, *options, output_mask,
         )  # fmt: skip
 

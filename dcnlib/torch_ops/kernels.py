@@ -1,14 +1,13 @@
-"""The operators on data: from tensors to addresses, new memory for results, one backend call.
+"""The operators on data: from tensors to a backend's operands, and new memory for results.
 
-torch's dispatcher picks the function here by device, below autograd; `_dispatch` picks the backend.
-Tensors in channels-last format go to backends as they are. Other strides are made contiguous first.
+torch's dispatcher picks the function here by device, below autograd; `_dispatch` picks the backend:
+"cpu" gets addresses, "cuda" tensors (it takes its workspace and its stream from torch), "reference"
+arrays. Tensors in channels-last format stay so. Other strides are made contiguous first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +33,9 @@ def register() -> None:
         LIBRARY.impl(FORWARD, _forward, device)
         LIBRARY.impl(BACKWARD, _backward, device)
     # Every other device, and sparse, quantized and nested tensors, which count as devices.
-    LIBRARY.impl(FORWARD, _no_forward, "CompositeExplicitAutograd")
-    LIBRARY.impl(BACKWARD, _no_backward, "CompositeExplicitAutograd")
+    for key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):
+        LIBRARY.impl(FORWARD, _no_forward, key)
+        LIBRARY.impl(BACKWARD, _no_backward, key)
 
 
 def _forward(
@@ -47,24 +47,30 @@ def _forward(
         groups, offset_groups, symbolic=False,
     )  # fmt: skip
     chosen = choose(FORWARD, backend, input.device.type)
-    if chosen.name == "reference":
-        return _reference_forward(chosen, call, input, offset, weight, bias, mask)
-    input = _dense(FORWARD, "input", input, call.channels_last)
-    offset = _dense(FORWARD, "offset", offset)
-    weight = _dense(FORWARD, "weight", weight)
-    bias = _dense(FORWARD, "bias", bias)
-    mask = _dense(FORWARD, "mask", mask)
-    output = new_output(call, input)
-    chosen.forward(
-        call,
-        input.data_ptr(),
-        offset.data_ptr(),
-        weight.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        None if mask is None else mask.data_ptr(),
-        output.data_ptr(),
-        **_where(input),
-    )
+    try:
+        input = _dense(FORWARD, "input", input, call.channels_last)
+        offset = _dense(FORWARD, "offset", offset)
+        weight = _dense(FORWARD, "weight", weight)
+        bias = _dense(FORWARD, "bias", bias)
+        mask = _dense(FORWARD, "mask", mask)
+        output = new_output(call, input)
+    except RuntimeError as error:
+        raise _memory_error(FORWARD, error) from None
+    if chosen.name == "cpu":
+        chosen.forward(
+            call,
+            input.data_ptr(),
+            offset.data_ptr(),
+            weight.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            None if mask is None else mask.data_ptr(),
+            output.data_ptr(),
+            num_threads=_config.num_threads(torch.get_num_threads()),
+        )
+    else:
+        run = _reference_forward if chosen.name == "reference" else chosen.forward
+        input, offset, mask, result = (_batched(call, t) for t in (input, offset, mask, output))
+        run(call, input, offset, weight, bias, mask, result)
     return output
 
 
@@ -79,17 +85,17 @@ def _backward(
         groups, offset_groups, wants_bias=output_mask[3], symbolic=False,
     )  # fmt: skip
     chosen = choose(BACKWARD, backend, input.device.type)
-    if chosen.name == "reference":
-        return _reference_backward(
-            chosen, call, grad_output, input, offset, weight, mask, output_mask
-        )
-    grad_output = _dense(BACKWARD, "grad_output", grad_output, call.channels_last)
-    input = _dense(BACKWARD, "input", input, call.channels_last)
-    offset = _dense(BACKWARD, "offset", offset)
-    weight = _dense(BACKWARD, "weight", weight)
-    mask = _dense(BACKWARD, "mask", mask)
-    grads = new_gradients(call, input, output_mask)
-    if any(output_mask):
+    try:
+        grad_output = _dense(BACKWARD, "grad_output", grad_output, call.channels_last)
+        input = _dense(BACKWARD, "input", input, call.channels_last)
+        offset = _dense(BACKWARD, "offset", offset)
+        weight = _dense(BACKWARD, "weight", weight)
+        mask = _dense(BACKWARD, "mask", mask)
+        results = new_gradients(call, input, output_mask)
+    except RuntimeError as error:
+        raise _memory_error(BACKWARD, error) from None
+    grads = [r if w else None for r, w in zip(results, output_mask, strict=True)]
+    if chosen.name == "cpu":
         chosen.backward(
             call,
             grad_output.data_ptr(),
@@ -97,18 +103,18 @@ def _backward(
             offset.data_ptr(),
             weight.data_ptr(),
             None if mask is None else mask.data_ptr(),
-            [g.data_ptr() if w else None for g, w in zip(grads, output_mask, strict=True)],
-            **_where(input),
+            [None if g is None else g.data_ptr() for g in grads],
+            num_threads=_config.num_threads(torch.get_num_threads()),
         )
-    return grads
-
-
-def _where(tensor: Tensor) -> dict[str, int]:
-    """Where a backend runs: on so many threads, or on a device's current stream."""
-    if tensor.is_cuda:
-        device = tensor.get_device()
-        return {"device": device, "stream": torch.cuda.current_stream(device).cuda_stream}
-    return {"num_threads": _config.num_threads(torch.get_num_threads())}
+    else:
+        run = _reference_backward if chosen.name == "reference" else chosen.backward
+        for i in (0, 1, 4):
+            grads[i] = _batched(call, grads[i])
+        grad_output, input, offset, mask = (
+            _batched(call, t) for t in (grad_output, input, offset, mask)
+        )
+        run(call, grad_output, input, offset, weight, mask, grads)
+    return results
 
 
 def _dense(op: str, name: str, tensor: Tensor | None, channels_last: bool = False) -> Tensor | None:
@@ -133,6 +139,20 @@ def _dense(op: str, name: str, tensor: Tensor | None, channels_last: bool = Fals
     return tensor.clone() if address % tensor.element_size() else tensor
 
 
+def _memory_error(op: str, error: RuntimeError) -> Exception:
+    """What NumPy and the backends raise where torch's CPU allocator has a RuntimeError."""
+    text = str(error)
+    if "can't allocate memory" not in text:
+        return error
+    return MemoryError(
+        f"{op}: memory: {text[text.index('DefaultCPUAllocator') :]}; use a smaller batch or image"
+    )
+
+
+def _batched(call: DeformConv2dProblem, tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or call.batched else tensor[None]
+
+
 def _no_forward(
     input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1),
     mask=None, groups=None, offset_groups=None, backend=None,
@@ -151,67 +171,44 @@ def _no_backward(
     choose(BACKWARD, backend, input.device.type)
 
 
-# The reference backend takes arrays. NumPy has no bfloat16: its operands go as float32, which holds
-# them exactly, and its results come as float64 and are rounded here.
+# The reference takes arrays in the order of their axes, and NumPy has no bfloat16: such operands go
+# as float32, which holds them exactly, and results come as float64 and are rounded here.
 
 
-def _reference_forward(
-    reference: ModuleType, call: DeformConv2dProblem, input: Tensor, *others: Tensor | None
-) -> Tensor:
-    output = np.empty(call.output_shape, _result_dtype(call))
-    reference.forward(call, *_arrays(call, input, *others), output)
-    result = new_output(call, input)
-    result.copy_(_tensor(reference, call, output).view(result.shape))
-    return result
+def _reference_forward(call: DeformConv2dProblem, *tensors: Tensor | None) -> None:
+    *operands, output = tensors
+    reference = choose(FORWARD, "reference", "cpu")
+    result = _new_array(call, output)
+    reference.forward(call, *map(_array, operands), result)
+    _fill(reference, output, result)
 
 
-def _reference_backward(
-    reference: ModuleType,
-    call: DeformConv2dProblem,
-    grad_output: Tensor,
-    input: Tensor,
-    offset: Tensor,
-    weight: Tensor,
-    mask: Tensor | None,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    shapes = (
-        call.input_shape,
-        call.offset_shape,
-        call.weight_shape,
-        call.bias_shape,
-        call.mask_shape,
-    )
-    grads = [
-        np.empty(shape, _result_dtype(call)) if is_wanted else None
-        for shape, is_wanted in zip(shapes, output_mask, strict=True)
-    ]
-    reference.backward(call, *_arrays(call, grad_output, input, offset, weight, mask), grads)
-    results = new_gradients(call, input, output_mask)
-    for result, grad in zip(results, grads, strict=True):
-        if grad is not None:
-            result.copy_(_tensor(reference, call, grad).view(result.shape))
-    return results
+def _reference_backward(call: DeformConv2dProblem, *tensors) -> None:
+    *operands, grads = tensors
+    reference = choose(BACKWARD, "reference", "cpu")
+    results = [_new_array(call, grad) for grad in grads]
+    reference.backward(call, *map(_array, operands), results)
+    for grad, result in zip(grads, results, strict=True):
+        _fill(reference, grad, result)
 
 
-def _result_dtype(call: DeformConv2dProblem) -> str:
-    return "float64" if call.dtype == "bfloat16" else call.dtype
-
-
-def _arrays(call: DeformConv2dProblem, *tensors: Tensor | None) -> list[np.ndarray | None]:
-    """NumPy's view of the tensors, with a batch axis."""
-    return [None if t is None else _array(call, t.detach()) for t in tensors]
-
-
-def _array(call: DeformConv2dProblem, tensor: Tensor) -> np.ndarray:
-    if tensor.dim() == 3 and not call.batched:
-        tensor = tensor[None]
+def _array(tensor: Tensor | None) -> np.ndarray | None:
+    if tensor is None:
+        return None
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.float()
-    return tensor.contiguous().numpy()
+    return tensor.detach().contiguous().numpy()
 
 
-def _tensor(reference: Any, call: DeformConv2dProblem, array: np.ndarray) -> Tensor:
-    if call.dtype == "bfloat16":
+def _new_array(call: DeformConv2dProblem, tensor: Tensor | None) -> np.ndarray | None:
+    if tensor is None:
+        return None
+    return np.empty(tensor.shape, "float64" if call.dtype == "bfloat16" else call.dtype)
+
+
+def _fill(reference: ModuleType, tensor: Tensor | None, array: np.ndarray | None) -> None:
+    if tensor is None:
+        return
+    if tensor.dtype == torch.bfloat16:
         array = reference.on_bfloat16_grid(array)
-    return torch.from_numpy(array)
+    tensor.copy_(torch.from_numpy(array))

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .._dispatch import check_name
 from .._problem import (
     DeformConv2dProblem,
     Shape,
@@ -42,20 +43,25 @@ _SCHEMAS = (
 
 LIBRARY = torch.library.Library("dcnlib", "FRAGMENT")
 
-_DTYPE_NAMES = {
-    dtype: str(dtype).removeprefix("torch.")
-    for dtype in vars(torch).values()
-    if isinstance(dtype, torch.dtype)
-}
 
-
-def define() -> bool:
-    """Define the operators; False if this process has them already."""
+def _define() -> bool:
     if hasattr(torch.ops.dcnlib, FORWARD):
         return False
     for schema in _SCHEMAS:
         LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     return True
+
+
+#: False if this process has the operators already, from another import of this package.
+DEFINED_HERE = _define()
+forward_operator = torch.ops.dcnlib.deform_conv2d.default
+backward_operator = torch.ops.dcnlib.deform_conv2d_backward.default
+
+_DTYPE_NAMES = {
+    dtype: str(dtype).removeprefix("torch.")
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype)
+}
 
 
 def register() -> None:
@@ -174,6 +180,7 @@ def _fake_forward(
     mask=None, groups=None, offset_groups=None, backend=None,
 ):  # fmt: skip
     check_dense(FORWARD, input=input, offset=offset, weight=weight, bias=bias, mask=mask)
+    check_name(FORWARD, backend)
     call = problem(
         FORWARD, None, input, offset, weight, bias, stride, padding, dilation, mask,
         groups, offset_groups,
@@ -188,6 +195,7 @@ def _fake_backward(
 ):  # fmt: skip
     tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     check_dense(BACKWARD, grad_output=grad_output, **tensors)
+    check_name(BACKWARD, backend)
     call = problem(
         BACKWARD, grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
         groups, offset_groups,

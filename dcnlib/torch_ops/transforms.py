@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from .._problem import DeformConv2dProblem
-from .schemas import BACKWARD, FORWARD, LIBRARY, problem, wanted
+from .schemas import (
+    BACKWARD,
+    FORWARD,
+    LIBRARY,
+    backward_operator,
+    forward_operator,
+    problem,
+    wanted,
+)
 
 
 def register() -> None:
@@ -36,7 +44,7 @@ def _autocast(device: str) -> Callable[..., Tensor]:
             for t in (input, offset, weight, bias, mask)
         )
         with torch.autocast(device, enabled=False):
-            return torch.ops.dcnlib.deform_conv2d.default(
+            return forward_operator(
                 input, offset, weight, bias, stride, padding, dilation, mask, *options
             )
 
@@ -55,7 +63,7 @@ def _vmap_forward(
     fold = _Fold(info.batch_size, call, axes[2] is not None or axes[3] is not None)
     input, offset, mask = (fold.image(tensors[i], axes[i]) for i in (0, 1, 4))
     weight, bias = (fold.weight(tensors[i], axes[i]) for i in (2, 3))
-    output = torch.ops.dcnlib.deform_conv2d.default(
+    output = forward_operator(
         input, offset, weight, bias, *place, mask, *fold.groups(groups, offset_groups), backend
     )
     return fold.unfold_image(output)
@@ -76,7 +84,7 @@ def _vmap_backward(
     by_groups = axes[3] is not None or output_mask[2] or output_mask[3]
     fold = _Fold(info.batch_size, call, by_groups)
     grad_output, input, offset, mask = (fold.image(tensors[i], axes[i]) for i in (0, 1, 2, 5))
-    grads = torch.ops.dcnlib.deform_conv2d_backward.default(
+    grads = backward_operator(
         grad_output, input, offset, fold.weight(weight, axes[3]), None, *place, mask,
         *fold.groups(groups, offset_groups), backend, output_mask,
     )  # fmt: skip

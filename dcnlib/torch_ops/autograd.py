@@ -10,6 +10,7 @@ private names of torch, all of them in this file.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def _forward(
     place, options = (stride, padding, dilation), (groups, offset_groups, backend)
     if _has_tangents(tensors):
         call = problem(FORWARD, None, input, offset, weight, bias, *place, mask, *options)
-        return composite.forward(call, *tensors)
+        with _as_typed(input):
+            return composite.forward(call, *tensors)
     if torch.is_grad_enabled() and _requires_grad(tensors):
         return _record(_Forward, keyset, *tensors, place, options)
     return _below(
@@ -102,7 +104,8 @@ def _backward(
     if _has_tangents(tensors):
         output_mask = wanted(BACKWARD, output_mask, mask)
         call = problem(BACKWARD, grad_output, input, offset, weight, bias, *place, mask, *options)
-        grads = composite.backward(call, *tensors, output_mask)
+        with _as_typed(input):
+            grads = composite.backward(call, *tensors, output_mask)
         return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
     if torch.is_grad_enabled() and _requires_grad(tensors):
         return _record(_Backward, keyset, *tensors, bias, place, options, output_mask)
@@ -159,8 +162,10 @@ class _Backward(_SingleLevelFunction):
         output_mask = [grad is not None for grad in grads]
         if not any(output_mask):
             return (None,) * 10
-        saved = ctx.saved_tensors
-        call = problem(BACKWARD, *saved[:4], None, *ctx.place, saved[4], *ctx.options)
+        saved = grad_output, input, offset, weight, mask = ctx.saved_tensors
+        call = problem(
+            BACKWARD, grad_output, input, offset, weight, None, *ctx.place, mask, *ctx.options
+        )
 
         def wanted_gradients(*differentiated):
             rest = iter(differentiated)
@@ -168,10 +173,11 @@ class _Backward(_SingleLevelFunction):
             outputs = composite.backward(call, *tensors, output_mask)
             return tuple(output for output in outputs if output is not None)
 
-        _, pull_back = torch.func.vjp(
-            wanted_gradients, *[t for t, n in zip(saved, needed, strict=True) if n]
-        )
-        found = iter(pull_back(tuple(grad for grad in grads if grad is not None)))
+        with _as_typed(grad_output):
+            _, pull_back = torch.func.vjp(
+                wanted_gradients, *[t for t, n in zip(saved, needed, strict=True) if n]
+            )
+            found = iter(pull_back(tuple(grad for grad in grads if grad is not None)))
         return None, *[next(found) if n else None for n in needed], None, None, None, None
 
 
@@ -184,6 +190,14 @@ def _has_tangents(tensors: tuple[Tensor | None, ...]) -> bool:
 
 def _requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     return True in [t.requires_grad for t in tensors if t is not None]  # faster than any(...)
+
+
+def _as_typed(tensor: Tensor) -> AbstractContextManager:
+    """No autocast: a composite gets tensors that went through it, and chooses its own dtypes."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def _record(function: type[_SingleLevelFunction], *arguments: Any):

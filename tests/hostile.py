@@ -1,6 +1,6 @@
 """The hostile arguments: every value, shape and dtype that has broken such a library before.
 
-`CASES` says for each what has to happen, worked out here from Python's unbounded integers and not
+`cases` says for each what has to happen, worked out here from Python's unbounded integers and not
 from `dcnlib._problem`: an error of one type that names one of a few arguments, or acceptance, and
 then the oracle's result. `attempt` runs one case through one door; `test_hostile.py` judges.
 """
@@ -8,7 +8,9 @@ then the oracle's result. `attempt` runs one case through one door; `test_hostil
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ import numpy as np
 import oracle
 from dcnlib import testing
 from dcnlib.testing import Call, Geometry
-from doors import DOORS, TENSORS, Request
+from doors import DOORS, TENSORS, Door, Request
 
 LARGEST = 2**31 - 1
 
@@ -36,6 +38,8 @@ class Case(NamedTuple):
     error: str | None
     names: tuple[str, ...] = ()
     backward_only: bool = False
+    of_memory: bool = False
+    """No matter of shapes and dtypes: doors without memory are spared."""
 
 
 class Stubborn:
@@ -103,10 +107,14 @@ NO_PAIRS: dict[str, Any] = {"()": (), "(1,)": (1,), "(1,1,1)": (1, 1, 1), "5 val
 NESTED: dict[str, Any] = {"((1,1),(1,1))": ((1, 1), (1, 1)), "[[1],[1]]": [[1], [1]]}
 
 
+@cache
+def _call(name: str) -> Call:
+    return testing.lattice(GEOMETRIES[name], 0).astype("float32")
+
+
 def request(name: str) -> Request:
     """A valid call on the exact lattice, with its groups given."""
-    geometry = GEOMETRIES[name]
-    call = testing.lattice(geometry, 0).astype("float32")
+    call = _call(name).map(np.copy)
     arrays = dict(zip(TENSORS, call[:6], strict=True))
     return arrays | {
         "stride": call.stride,
@@ -118,17 +126,22 @@ def request(name: str) -> Request:
 
 
 def attempt(case: tuple[str, str]) -> str:
-    """Run a case, (door, name), in this process: "equal", or how the result is not the oracle's."""
+    """Run the case of that (door, name) in this process."""
     door, name = case
-    given = CASES[name].request()
+    return outcome(DOORS[door], cases(DOORS[door].kind)[name])
+
+
+def outcome(door: Door, case: Case) -> str:
+    """Run a case: "equal" if the oracle agrees, an exception otherwise."""
+    given = case.request()
     arrays = {key: given[key] for key in TENSORS if isinstance(given[key], np.ndarray)}
     before = {key: array.tobytes() for key, array in arrays.items()}
-    results = DOORS[door].call(given)
+    results = door.call(given)
     for key, data in before.items():
         assert arrays[key].tobytes() == data, f"{key} was written"
-    given = CASES[name].request()  # anew: an index may have changed
-    given |= {key: np.asarray(given[key]) for key in TENSORS if given[key] is not None}
-    if not DOORS[door].takes_grad_output:
+    given = case.request()  # anew: an index may have changed
+    given |= {key: plain(given[key]) for key in TENSORS}
+    if not door.takes_grad_output:
         shape = (len(given["input"]), len(given["weight"]), *given["offset"].shape[2:])
         given["grad_output"] = np.zeros(shape)
     call = Call(
@@ -139,14 +152,19 @@ def attempt(case: tuple[str, str]) -> str:
         *groups_of(given),
     )
     expected = oracle.run(call.map(lambda array: array.astype(np.float64)))
-    testing.assert_equal(results, {key: expected[key] for key in results}, name)
+    if door.shapes_only:
+        shapes = {key: array.shape for key, array in results.items()}
+        assert shapes == {key: expected[key].shape for key in results}, shapes
+    else:
+        testing.assert_equal(results, {key: expected[key] for key in results})
     return "equal"
 
 
-def cases_of(family: str, door: str) -> list[str]:
-    """The names of a family's cases that concern this door."""
-    cases = FAMILIES[family]
-    return [n for n, c in cases.items() if DOORS[door].takes_grad_output or not c.backward_only]
+def plain(value: Any) -> np.ndarray | None:
+    """What an accepted argument holds."""
+    if value is None or isinstance(value, np.ndarray):
+        return None if value is None else np.asarray(value)
+    return (value.double() if value.dtype.itemsize < 4 else value).numpy(force=True)
 
 
 def run_out_of_memory(door: str) -> None:
@@ -173,6 +191,19 @@ def as_sides(value: Any) -> tuple[int, int, int, int]:
         return tuple(int(side) for side in value)  # type: ignore[return-value]
     h, w = as_pair(value)
     return (h, h, w, w)
+
+
+def has_torch_types(given: Request) -> bool:
+    """Whether all is as a torch operator declares it: tensors, and integers of 64 bits."""
+    numbers: list[Any] = []
+    for name in ("stride", "padding", "dilation"):
+        value = given[name]
+        numbers += value if isinstance(value, tuple | list) else [value]
+    numbers += [given[name] for name in ("groups", "offset_groups") if given[name] is not None]
+    arrays = [given[name] for name in TENSORS if given[name] is not None]
+    return all(type(n) is int and -(2**63) <= n < 2**63 for n in numbers) and all(
+        type(array) is np.ndarray or hasattr(array, "requires_grad") for array in arrays
+    )
 
 
 def groups_of(given: Request) -> tuple[int, int]:
@@ -230,16 +261,16 @@ def integer_cases() -> Iterator[tuple[str, Case]]:
         for argument in ("stride", "padding", "dilation"):
             lowest = 0 if argument == "padding" else 1
             for label, value in _values(geometry).items():
-                for form in ("both", "h", "w"):
+                for form in ("both", "h", "w") if geometry == "usual" else ("both", "w"):
                     name = f"{geometry}-{argument}-{form}-{label}"
                     yield name, _integer_case(geometry, argument, form, value, lowest)
             for label, value in NO_PAIRS.items():
-                case = Case(_with(geometry, **{argument: value}), "ValueError", (argument,))
+                case = Case(request_with(geometry, **{argument: value}), "ValueError", (argument,))
                 yield f"{geometry}-{argument}-{label}", case
             for label, value in NESTED.items():
-                case = Case(_with(geometry, **{argument: value}), "TypeError", (argument,))
+                case = Case(request_with(geometry, **{argument: value}), "TypeError", (argument,))
                 yield f"{geometry}-{argument}-{label}", case
-            case = Case(_with(geometry, **{argument: None}), "TypeError", (argument,))
+            case = Case(request_with(geometry, **{argument: None}), "TypeError", (argument,))
             yield f"{geometry}-{argument}-None", case
         for side in range(4):
             for label, value in INTEGERS.items():
@@ -253,23 +284,32 @@ def integer_cases() -> Iterator[tuple[str, Case]]:
             for label, value in (_values(geometry) | NESTED).items():
                 name = f"{geometry}-{argument}-{label}"
                 if label in NO_INTEGERS or label in NESTED:
-                    change = _with(geometry, **{argument: value})
+                    change = request_with(geometry, **{argument: value})
                     yield name, Case(change, "TypeError", (argument,))
                 else:
                     yield name, _in_range_case(geometry, argument, value, [value], 1)
-            yield f"{geometry}-{argument}-None", Case(_with(geometry, **{argument: None}), None)
+            yield (
+                f"{geometry}-{argument}-None",
+                Case(request_with(geometry, **{argument: None}), None),
+            )
     for argument in ("stride", "padding", "dilation"):
         for text in ("1", "", "Same", "same ", "full"):
             error = "ValueError" if argument == "padding" else "TypeError"
-            case = Case(_with("usual", **{argument: text}), error, (argument,))
+            case = Case(request_with("usual", **{argument: text}), error, (argument,))
             yield f"usual-{argument}-{text!r}", case
-    yield "usual-padding-'same'", Case(_with("usual", padding="same"), "ValueError", ("padding",))
-    yield "usual-padding-'valid'", Case(_with("usual", padding="valid"), "ValueError", ("offset",))
-    yield "pointwise-padding-'valid'", Case(_with("pointwise", padding="valid"), None)
-    yield "pointwise-padding-'same'", Case(_with("pointwise", padding="same"), None)
+    yield (
+        "usual-padding-'same'",
+        Case(request_with("usual", padding="same"), "ValueError", ("padding",)),
+    )
+    yield (
+        "usual-padding-'valid'",
+        Case(request_with("usual", padding="valid"), "ValueError", ("offset",)),
+    )
+    yield "pointwise-padding-'valid'", Case(request_with("pointwise", padding="valid"), None)
+    yield "pointwise-padding-'same'", Case(request_with("pointwise", padding="same"), None)
     # Whoever reads this index twice computes another convolution, or one with no room for it.
     for argument in ("stride", "groups"):
-        yield f"single-{argument}-fickle", Case(_with("single", **{argument: Fickle}), None)
+        yield f"single-{argument}-fickle", Case(request_with("single", **{argument: Fickle}), None)
 
 
 def _values(geometry: str) -> dict[str, Any]:
@@ -281,12 +321,12 @@ def _integer_case(geometry: str, argument: str, form: str, value: Any, lowest: i
     usual = as_pair(request_integers(geometry)[argument])
     given = {"both": value, "h": (value, usual[1]), "w": (usual[0], value)}[form]
     if any(value is no for no in NO_INTEGERS.values()):
-        return Case(_with(geometry, **{argument: given}), "TypeError", (argument,))
+        return Case(request_with(geometry, **{argument: given}), "TypeError", (argument,))
     return _in_range_case(geometry, argument, given, [value], lowest)
 
 
 def _in_range_case(geometry, argument, given, values, lowest) -> Case:
-    change = _with(geometry, **{argument: given})
+    change = request_with(geometry, **{argument: given})
     if not all(lowest <= int(value) <= LARGEST for value in values):
         return Case(change, "ValueError", (argument,))
     if fits(change()):
@@ -300,7 +340,7 @@ def request_integers(geometry: str) -> Request:
     return {"stride": g.stride, "padding": (g.padding[0], g.padding[2]), "dilation": g.dilation}
 
 
-def _with(geometry: str, **changes: Any) -> Callable[[], Request]:
+def request_with(geometry: str, **changes: Any) -> Callable[[], Request]:
     def build() -> Request:
         fresh = {k: Fickle() if v is Fickle else v for k, v in changes.items()}
         return request(geometry) | fresh
@@ -410,7 +450,6 @@ def dtype_cases() -> Iterator[tuple[str, Case]]:
     for name, dtype in wrong.items():
         case = Case(_typed(dict.fromkeys(TENSORS, dtype)), "TypeError", ("input",))
         yield f"all-{name}", case
-        yield f"input-{name}", Case(_typed({"input": dtype}), "TypeError", ("input",))
     for tensor in TENSORS[1:]:
         for name, dtype in right.items():
             for other, other_dtype in (right | wrong).items():
@@ -531,10 +570,158 @@ def _replaced(tensor: str, make: Callable[[np.ndarray], Any]) -> Callable[[], Re
     return build
 
 
-FAMILIES = {
-    "integers": dict(integer_cases()),
-    "shapes": dict(shape_cases()),
-    "dtypes": dict(dtype_cases()),
-    "objects": dict(object_cases()),
+def torch_dtype_cases() -> Iterator[tuple[str, Case]]:
+    """As `dtype_cases`, for every dtype that torch has."""
+    import torch
+
+    right = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    every = sorted({d for d in vars(torch).values() if isinstance(d, torch.dtype)}, key=str)
+    for dtype in every:
+        name = str(dtype)[6:]
+        change = _torch_typed(dict.fromkeys(TENSORS, dtype))
+        case = Case(change, "TypeError", ("input", "grad_output"), of_memory="q" in name)
+        yield f"all-{name}", case._replace(error=None) if dtype in right else case
+    for dtype in right:
+        for tensor in TENSORS:
+            for other in every:
+                if other != dtype:
+                    change = _torch_typed(dict.fromkeys(TENSORS, dtype) | {tensor: other})
+                    names = ("input", "offset") if tensor == "input" else (tensor,)
+                    quantized = "q" in str(other)
+                    case = Case(change, "TypeError", names, tensor == "grad_output", quantized)
+                    yield f"{str(dtype)[6:]}-{tensor}-{str(other)[6:]}", case
+
+
+def _torch_typed(dtypes: dict[str, Any]) -> Callable[[], Request]:
+    def build() -> Request:
+        import torch
+
+        given = request("pointwise")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about the future of some dtypes
+            for name, dtype in dtypes.items():
+                tensor = torch.from_numpy(given[name])
+                if dtype.is_floating_point and dtype.itemsize > 1:
+                    given[name] = tensor.to(dtype)
+                else:
+                    given[name] = torch.empty(tensor.shape, dtype=dtype)
+        return given
+
+    return build
+
+
+def torch_object_cases() -> Iterator[tuple[str, Case]]:
+    """Tensors without plain memory, and tensors whose memory is not what it seems."""
+    for tensor in TENSORS:
+        last = tensor == "grad_output"
+        for label, (make, error) in TORCH_OBJECTS.items():
+            names = TENSORS if tensor == "input" and error else (tensor,)
+            yield f"{tensor}-{label}", Case(_replaced(tensor, make), error, names, last, True)
+
+
+def _made_by_torch(make: Callable) -> Callable[[np.ndarray], Any]:
+    def convert(array: np.ndarray):
+        import torch
+
+        return make(torch, torch.from_numpy(array))
+
+    return convert
+
+
+def _without_storage(torch, tensor, elements=0):
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(4 * elements)
+    return tensor
+
+
+def _unaligned(torch, tensor):
+    memory = torch.empty(4 * tensor.numel() + 1, dtype=torch.uint8)
+    # A view that starts one byte into its storage: torch itself makes none of these.
+    array = np.frombuffer(memory.numpy(), np.uint8)[1:].view(np.float32).reshape(tensor.shape)
+    array[...] = tensor.numpy()
+    return torch.from_numpy(array)
+
+
+def _subclass(torch, tensor):
+    return tensor.as_subclass(type("Sub", (torch.Tensor,), {}))
+
+
+def _channels_last(torch, tensor):
+    if tensor.dim() != 4:
+        return tensor
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _strided(torch, tensor):
+    return torch.stack([tensor, -tensor], -1)[..., 0]
+
+
+TORCH_OBJECTS: dict[str, tuple[Callable[[np.ndarray], Any], str | None]] = {
+    name: (_made_by_torch(make), error)
+    for name, make, error in (
+        ("numpy", lambda torch, t: np.recarray(t.shape, np.float32), "TypeError"),
+        ("list", lambda torch, t: t.tolist(), "TypeError"),
+        ("storage", lambda torch, t: t.untyped_storage(), "TypeError"),
+        ("sparse_coo", lambda torch, t: t.to_sparse(), "TypeError"),
+        ("mkldnn", lambda torch, t: t.to_mkldnn(), "TypeError"),
+        (
+            "quantized",
+            lambda torch, t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+            "TypeError",
+        ),
+        ("meta", lambda torch, t: t.to("meta"), "ValueError"),
+        ("no_storage", _without_storage, "ValueError"),
+        ("short_storage", lambda torch, t: _without_storage(torch, t, t.numel() - 1), "ValueError"),
+        ("empty", lambda torch, t: torch.empty(0), "ValueError"),
+        ("negated", lambda torch, t: torch._neg_view(-t), None),
+        ("zeros", lambda torch, t: torch._efficientzerotensor(t.shape), None),
+        ("parameter", lambda torch, t: torch.nn.Parameter(t), None),
+        ("subclass", _subclass, None),
+        ("channels_last", _channels_last, None),
+        ("strided", _strided, None),
+        ("unaligned", _unaligned, None),
+    )
 }
-CASES = {name: case for family in FAMILIES.values() for name, case in family.items()}
+
+
+@cache
+def cases(kind: str) -> dict[str, Case]:
+    """What the doors of one kind, "numpy" or "torch", have to face: by family and name."""
+    families: dict[str, Iterable[tuple[str, Case]]] = {
+        "integers": integer_cases(),
+        "shapes": shape_cases(),
+    }
+    if kind == "numpy":
+        families |= {"dtypes": dtype_cases(), "objects": object_cases()}
+    else:
+        families |= {"dtypes": torch_dtype_cases(), "objects": torch_object_cases()}
+    named = [
+        (f"{family}-{name}", case) for family, found in families.items() for name, case in found
+    ]
+    assert len(dict(named)) == len(named)
+    return dict(named)
+
+
+#: How the names begin, in portions fit for a test.
+GROUPS = (
+    *(
+        f"integers-{geometry}-{argument}-"
+        for geometry in GEOMETRIES
+        for argument in ("stride", "padding", "dilation", "groups", "offset_groups")
+    ),
+    *(f"shapes-{tensor}-" for tensor in TENSORS),
+    *(f"dtypes-{name}-" for name in ("all", "float32", "float64", "float16", "bfloat16")),
+    *(f"objects-{tensor}-" for tensor in TENSORS),
+)
+
+
+def cases_of(door: str, group: str = "") -> list[str]:
+    """The names of the cases that concern a door."""
+    backward, shapes_only = DOORS[door].takes_grad_output, DOORS[door].shapes_only
+    return [
+        name
+        for name, case in cases(DOORS[door].kind).items()
+        if name.startswith(group)
+        and (backward or not case.backward_only)
+        and not (shapes_only and case.of_memory)
+    ]

@@ -19,62 +19,59 @@ FORM = re.compile(r"(\w+): (\w+): ([^;]+); expected ([^;]+), got (.+)", re.DOTAL
 
 
 @cache
-def answers(door, family):
-    """What every case of a family led to, by name."""
-    names = hostile.cases_of(family, door)
-    results = isolated.outcomes("hostile", "attempt", [(door, name) for name in names])
-    return dict(zip(names, results, strict=True))
+def answers(kind):
+    """What every case led to, by (door, name): one process for all doors of a kind, if it lives."""
+    calls = [
+        (door.name, name)
+        for door in DOORS.values()
+        if door.kind == kind
+        for name in hostile.cases_of(door.name)
+    ]
+    return dict(zip(calls, isolated.outcomes("hostile", "attempt", calls, 300), strict=True))
 
 
-def fault(door, name, answer):
+def fault(door, case, answer):
     """What is wrong with the answer to a case; empty if nothing is."""
-    case = hostile.CASES[name]
     if "died" in answer:
         return f"died: {answer['died']} {answer['stderr'][-300:]}"
+    accepted, text = answer.get("result") == "equal", answer.get("text", "")
+    if accepted and case.of_memory and door.takes_grad_output and case.names == ("bias",):
+        return ""  # the backward direction has no use for the numbers in bias
+    form = FORM.fullmatch(text)
+    if door.raw and not hostile.has_torch_types(case.request()):
+        # torch's parser refuses, or makes an int64 of it, which then has to be taken for that.
+        refused = answer.get("error") in ("TypeError", "RuntimeError", "ValueError")
+        if (refused and not form) or (case.error == "TypeError" and (accepted or form)):
+            return ""
     if case.error is None:
-        return "" if answer.get("result") == "equal" else f"should be accepted: {answer}"
+        return "" if accepted else f"should be accepted: {answer}"
     if answer.get("error") != case.error:
         return f"should be a {case.error}: {answer}"
-    form = FORM.fullmatch(answer["text"])
     if form is None:
-        return f"text has another form: {answer['text']}"
-    op, argument = form[1], form[2]
-    if op != door.op or argument not in case.names:
-        return f"should be {door.op}: one of {case.names}: {answer['text']}"
+        return f"text has another form: {text}"
+    if form[1] != door.op or form[2] not in case.names:
+        return f"should be {door.op}: one of {case.names}: {text}"
     return ""
 
 
-GROUPS = {
-    "integers": [
-        f"{geometry}-{argument}"
-        for geometry in hostile.GEOMETRIES
-        for argument in ("stride", "padding", "dilation", "groups", "offset_groups")
-    ],
-    "shapes": list(hostile.TENSORS),
-    "dtypes": ["all", "input", "float32", "float64", "float16"],
-    "objects": list(hostile.TENSORS),
-}
-
-
+@pytest.mark.parametrize("group", hostile.GROUPS, ids=lambda group: group.strip("-"))
 @pytest.mark.parametrize("door", DOORS)
-@pytest.mark.parametrize(
-    ("family", "group"),
-    [(family, group) for family, groups in GROUPS.items() for group in groups],
-    ids=lambda value: value,
-)
-def test_every_case(family, group, door):
-    results = answers(door, family)
-    names = [name for name in results if name.startswith(f"{group}-")]
-    assert names or (group == "grad_output" and not DOORS[door].takes_grad_output)
-    faults = {name: fault(DOORS[door], name, results[name]) for name in names}
+def test_every_case(door, group):
+    names = hostile.cases_of(door, group)
+    door = DOORS[door]
+    faults = {
+        name: fault(door, hostile.cases(door.kind)[name], answers(door.kind)[door.name, name])
+        for name in names
+    }
     wrong = [f"{name}: {text}" for name, text in faults.items() if text]
     assert not wrong, "\n".join([f"{len(wrong)} of {len(names)} cases", *wrong[:20]])
 
 
-def test_every_case_has_a_group():
-    for family, groups in GROUPS.items():
-        for name in hostile.FAMILIES[family]:
-            assert sum(name.startswith(f"{group}-") for group in groups) == 1, name
+@pytest.mark.parametrize("door", DOORS)
+def test_every_case_has_a_group(door):
+    names = hostile.cases_of(door)
+    assert len(names) > 2000
+    assert all(sum(name.startswith(group) for group in hostile.GROUPS) == 1 for name in names)
 
 
 def test_isolated_survives_deaths():
@@ -102,7 +99,7 @@ POOL = st.one_of(
 PAIR = st.one_of(POOL, st.tuples(POOL, POOL))
 
 
-@settings(max_examples=2500, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(
     geometry=st.sampled_from(list(hostile.GEOMETRIES)),
     changes=st.fixed_dictionaries(
@@ -115,30 +112,32 @@ PAIR = st.one_of(POOL, st.tuples(POOL, POOL))
             "offset_groups": st.one_of(st.none(), POOL),
         },
     ),
-    door=st.sampled_from(list(DOORS)),
+    door=st.sampled_from([name for name, door in DOORS.items() if not door.raw]),
 )
 def test_hostile_integers(geometry, changes, door):
     """Any integers in several arguments at once: right, or an error of the one form."""
-    name = "drawn"
-    lowest = {"padding": 0}
     in_range = all(
-        lowest.get(argument, 1) <= number <= hostile.LARGEST
+        (0 if argument == "padding" else 1) <= number <= hostile.LARGEST
         for argument, value in changes.items()
         for number in (value if isinstance(value, tuple) else (value,))
         if number is not None
     )
-    request = hostile._with(geometry, **changes)
+    request = hostile.request_with(geometry, **changes)
     error = None if in_range and hostile.fits(request()) else "ValueError"
-    names = (*changes, "input", "offset", "weight", "mask")
-    hostile.CASES[name] = hostile.Case(request, error, names)
+    case = hostile.Case(request, error, (*changes, "input", "offset", "weight", "mask"))
     try:
-        answer = {"result": hostile.attempt((door, name))}
+        answer = {"result": hostile.outcome(DOORS[door], case)}
     except (ValueError, TypeError) as raised:
         answer = {"error": type(raised).__name__, "text": str(raised)}
-    assert not fault(DOORS[door], name, answer)
+    assert not fault(DOORS[door], case, answer)
 
 
 def test_no_memory_for_a_huge_argument():
-    """Stride-0 arrays of petabytes are legal; no copy of them fits."""
-    answers = isolated.outcomes("hostile", "run_out_of_memory", list(DOORS))
-    assert [answer.get("error") for answer in answers] == ["MemoryError"] * len(DOORS), answers
+    """Stride-0 arrays of petabytes are legal; no copy of them fits. torch has its own error."""
+    doors = [name for name, door in DOORS.items() if not door.shapes_only]
+    results = isolated.outcomes("hostile", "run_out_of_memory", doors)
+    for door, result in zip(doors, results, strict=True):
+        if DOORS[door].kind == "torch":
+            assert "allocate memory" in result["text"], (door, result)
+        else:
+            assert result.get("error") == "MemoryError", (door, result)

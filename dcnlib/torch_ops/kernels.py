@@ -125,18 +125,18 @@ def _dense(op: str, name: str, tensor: Tensor | None, channels_last: bool = Fals
         tensor = tensor.contiguous(memory_format=torch.channels_last)
     elif not tensor.is_contiguous():
         tensor = tensor.contiguous()
-    address = tensor.data_ptr()
-    if address % 8 == 0 and address:
-        return tensor
-    if address == 0 and tensor.numel():
+    size = tensor.element_size()
+    needed = (tensor.storage_offset() + tensor.numel()) * size
+    # Whoever resizes a storage leaves tensors behind that reach beyond it.
+    if tensor.untyped_storage().nbytes() < needed and tensor.numel():
         raise value_error(
             op,
             name,
-            "its memory has been freed",
-            f"{tensor.numel() * tensor.element_size()} bytes of storage",
+            "its memory has been freed, all or in part",
+            f"{needed} bytes of storage",
             f"{tensor.untyped_storage().nbytes()} bytes",
         )
-    return tensor.clone() if address % tensor.element_size() else tensor
+    return tensor.clone() if tensor.data_ptr() % size else tensor
 
 
 def _memory_error(op: str, error: RuntimeError) -> Exception:

@@ -1,0 +1,318 @@
+"""Threads change no bit, and there are only as many as somebody allowed.
+
+The same bytes for any number of threads, any company in the batch, any moment; and the number of
+threads is counted in ``/proc/self/task``, not believed.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+import pytest
+
+import dcnlib
+import isolated
+from dcnlib import testing
+from dcnlib.backends import cpu
+from dcnlib.testing import OUTPUTS, Geometry
+
+ISAS = testing.cpu_isas()
+THREE, SAME = (3, 3), (1, 1, 1, 1)
+
+#: Enough work for a team of sixteen each, cut in every way that the kernels know.
+LARGE = {
+    "dense": Geometry(2, 32, 33, 47, 40, THREE, padding=SAME),
+    "one_image": Geometry(1, 16, 75, 81, 33, THREE, padding=SAME),
+    "many_images": Geometry(21, 24, 17, 15, 24, THREE, padding=SAME),
+    "wide_slabs": Geometry(1, 200, 21, 23, 20, THREE, padding=SAME),
+    "groups_across": Geometry(3, 72, 53, 51, 36, (3, 2), (1, 2), (2, 1, 0, 1), (1, 2), 3, 8),
+    "offset_groups": Geometry(2, 48, 39, 37, 17, THREE, padding=SAME, offset_groups=4, mask=False),
+    "depthwise": Geometry(4, 96, 69, 71, 96, THREE, padding=SAME, groups=96, bias=False),
+    "kernel_7": Geometry(1, 8, 75, 71, 9, (7, 7), padding=(3, 3, 3, 3)),
+    "pointwise": Geometry(2, 96, 51, 53, 64, (1, 1)),
+}
+LARGE_DTYPES = [(name, dtype) for name in LARGE for dtype in ("float32", "float64")] + [
+    ("dense", "float16"),
+    ("one_image", "bfloat16"),
+]
+
+
+@cache
+def problem_call(name, dtype):
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    return testing.real(LARGE[name], 0).astype(dtype)
+
+
+def run_with(call, num_threads):
+    """All results of a call through the backend's own door, in memory that was NaN before."""
+    problem = call.problem()
+    output = np.full(problem.output_shape, np.nan, call.input.dtype)
+    arrays = (call.input, call.offset, call.weight)
+    cpu.forward(problem, *arrays, call.bias, call.mask, output, num_threads=num_threads)
+    shapes = (
+        problem.input_shape,
+        problem.offset_shape,
+        problem.weight_shape,
+        problem.bias_shape if problem.has_bias else None,
+        problem.mask_shape if problem.has_mask else None,
+    )
+    grads = [None if s is None else np.full(s, np.nan, call.input.dtype) for s in shapes]
+    cpu.backward(problem, call.grad_output, *arrays, call.mask, grads, num_threads=num_threads)
+    return dict(zip(OUTPUTS, (output, *grads), strict=True))
+
+
+def assert_same_bytes(actual, expected, note=""):
+    for name, array in expected.items():
+        if array is None:
+            assert actual[name] is None
+            continue
+        different = np.count_nonzero(actual[name] != array)
+        assert actual[name].tobytes() == array.tobytes(), f"{name}: {different} differ; {note}"
+
+
+@pytest.mark.parametrize(("name", "dtype"), LARGE_DTYPES, ids=lambda value: value)
+def test_any_number_of_threads(name, dtype):
+    call = problem_call(name, dtype)
+    outputs, per_output = call.grad_output.size, call.weight[0].size
+    assert outputs * per_output >= 16 << 20, "too little work for a team"
+    alone = run_with(call, 1)
+    assert all(np.isfinite(a).all() for a in alone.values() if a is not None)
+    for num_threads in (2, 3, 4, 7, 8, 16):
+        assert_same_bytes(run_with(call, num_threads), alone, f"{num_threads} threads")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_any_number_of_threads_on_every_isa(isa):
+    geometry = Geometry(2, 21, 23, 29, 34, THREE, padding=SAME, offset_groups=3)
+    call = testing.real(geometry, 1).astype("float32")
+    with dcnlib.cpu_isa(isa):
+        alone = run_with(call, 1)
+        for num_threads in (2, 3, 5):
+            assert_same_bytes(run_with(call, num_threads), alone, f"{num_threads} threads")
+
+
+@pytest.mark.parametrize("name", ["dense", "one_image", "many_images", "depthwise"])
+def test_again_and_again(name):
+    call = problem_call(name, "float32")
+    first = run_with(call, 4)
+    for _ in range(10):
+        assert_same_bytes(run_with(call, 4), first)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(37, 6, 9, 11, 4, THREE, padding=SAME, groups=2, offset_groups=3),
+        Geometry(37, 5, 7, 6, 5, THREE, padding=SAME, groups=5),
+        Geometry(37, 66, 8, 9, 17, THREE, padding=SAME),
+        Geometry(37, 3, 40, 41, 2, (3, 2), (2, 1), (1, 0, 2, 1)),
+    ],
+    ids=["groups", "depthwise", "slabs", "bands"],
+)
+def test_an_image_does_not_mind_its_batch(geometry, dtype, isa):
+    """Output and the gradients of input, offset and mask: row i of any batch is the row alone."""
+    call = testing.real(geometry, 3).astype(dtype)
+    ours = ("output", "grad_input", "grad_offset", "grad_mask")
+
+    def part(rows):
+        arrays = ("input", "offset", "mask", "grad_output")
+        return call._replace(**{name: getattr(call, name)[rows] for name in arrays})
+
+    with dcnlib.cpu_isa(isa):
+        alone = [part(slice(n, n + 1)).run("cpu") for n in range(37)]
+        for batch in (2, 31, 32, 33, 37):
+            rows = np.random.default_rng(batch).permutation(37)[:batch]
+            together = part(rows).run("cpu")
+            for i, n in enumerate(rows):
+                assert_same_bytes(
+                    {name: together[name][i] for name in ours},
+                    {name: alone[n][name][0] for name in ours},
+                    f"row {i} of {batch}",
+                )
+
+
+def test_concurrent_calls():
+    """Eight threads at once, shared inputs, mixed sizes, errors: everyone gets the right bytes."""
+    calls = [problem_call(name, "float32") for name in ("dense", "one_image", "many_images")]
+    calls += [testing.random_lattice(seed).astype("float64") for seed in range(20)]
+    expected = [call.run("cpu") for call in calls]
+    broken = calls[0]._replace(stride=(0, 1))
+    start = threading.Barrier(8)
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        start.wait()
+        for _ in range(30):
+            i = int(rng.integers(len(calls)))
+            assert_same_bytes(calls[i].run("cpu"), expected[i], str(i))
+            with pytest.raises(ValueError, match="stride"):
+                broken.forward("cpu")
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_small_stacks():
+    """A thread with 64 KiB of stack can make calls, alone and with a team."""
+    call = problem_call("dense", "float32")
+    expected = run_with(call, 1)
+    results = []
+    size = threading.stack_size(64 * 1024)
+    try:
+        thread = threading.Thread(target=lambda: results.append(run_with(call, 3)))
+        thread.start()
+        thread.join()
+    finally:
+        threading.stack_size(size)
+    assert_same_bytes(results[0], expected)
+
+
+# ---- how many threads there are ----------------------------------------------------------------
+
+COUNT = """
+import os
+import numpy as np
+import dcnlib
+from dcnlib import testing
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+call = testing.real(testing.Geometry(1, 32, 40, 40, 32, (3, 3), padding=(1, 1, 1, 1)), 0)
+before = threads()
+{setup}
+output = {call}
+# The runtime keeps the threads of its largest team.
+print(threads() - before + 1, dcnlib.get_num_threads(), output.tobytes().hex()[:64])
+"""
+DIRECT = "call.forward('cpu')"
+
+
+def count(setup="", call=DIRECT, prefix=(), **environment):
+    """(threads in the team, get_num_threads(), some bytes of the result) of a fresh process."""
+    settings = dict.fromkeys(("OMP_NUM_THREADS", "DCNLIB_NUM_THREADS"), "") | environment
+    code = COUNT.format(setup=setup, call=call)
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", code],
+        env=isolated.environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    team, number, digest = done.stdout.split()
+    return int(team), int(number), digest
+
+
+@pytest.mark.parametrize(
+    ("setup", "environment", "expected"),
+    [
+        ("", {"OMP_NUM_THREADS": "3"}, 3),
+        ("", {"OMP_NUM_THREADS": "4,2"}, 4),
+        ("", {"DCNLIB_NUM_THREADS": "5", "OMP_NUM_THREADS": "2"}, 5),
+        ("dcnlib.set_num_threads(3)", {"DCNLIB_NUM_THREADS": "5", "OMP_NUM_THREADS": "2"}, 3),
+        ("dcnlib.set_num_threads(1)", {"OMP_NUM_THREADS": "4"}, 1),
+        ("dcnlib.set_num_threads(7); dcnlib.set_num_threads(2)", {}, 2),
+    ],
+    ids=["OMP", "OMP_list", "DCNLIB", "explicit", "explicit_1", "explicit_last"],
+)
+def test_settings_are_obeyed(setup, environment, expected):
+    """Explicit before DCNLIB_NUM_THREADS before OMP_NUM_THREADS, and so many threads there are."""
+    team, number, _ = count(setup, **environment)
+    assert (team, number) == (expected, expected)
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="needs taskset")
+def test_affinity_is_obeyed():
+    """Without a setting there is one thread for each usable core."""
+    assert count(prefix=("taskset", "-c", "0"))[:2] == (1, 1)
+    every = len(os.sched_getaffinity(0))
+    team, number, _ = count()
+    assert team == number <= every
+
+
+def test_settings_change_no_bit():
+    """Schedules, placement, dynamic teams, limits and stacks of the OpenMP runtime."""
+    usual = count(OMP_NUM_THREADS="4")
+    for environment in (
+        {"OMP_SCHEDULE": "static,3"},
+        {"OMP_PROC_BIND": "true"},
+        {"OMP_DYNAMIC": "true"},
+        {"OMP_STACKSIZE": "64k"},
+        {"OMP_WAIT_POLICY": "passive"},
+    ):
+        assert count(**environment | {"OMP_NUM_THREADS": "4"})[2] == usual[2], environment
+    team, _, digest = count(OMP_NUM_THREADS="4", OMP_THREAD_LIMIT="2")
+    assert team <= 2 and digest == usual[2]
+
+
+def test_small_problems_run_alone():
+    """Waking a team costs more than a small call."""
+    small = "testing.random_lattice(0).forward('cpu')"
+    assert count("dcnlib.set_num_threads(8)", small)[0] == 1
+
+
+REGION = """
+#include <omp.h>
+/* Calls back from a region of two threads, and from its second thread if `second`. */
+int in_region(void (*call)(void), int second) {
+  int threads = 0;
+#pragma omp parallel num_threads(2)
+  {
+    if (omp_get_thread_num() == second) call();
+#pragma omp single
+    threads = omp_get_num_threads();
+  }
+  return threads;
+}
+"""
+
+IN_REGION = """
+import ctypes, json, os, sys
+import dcnlib
+from dcnlib import testing
+
+before = len(os.listdir("/proc/self/task"))
+library = ctypes.CDLL(sys.argv[1])
+call = testing.real(testing.Geometry(1, 32, 40, 40, 32, (3, 3), padding=(1, 1, 1, 1)), 0)
+dcnlib.set_num_threads(1)
+expected = call.run("cpu")
+dcnlib.set_num_threads(6)
+same = []
+
+@ctypes.CFUNCTYPE(None)
+def inside():
+    results = call.run("cpu")
+    same.append(all((results[k] == v).all() for k, v in expected.items()))
+
+teams = [library.in_region(inside, second) for second in (0, 1)]
+inner = len(os.listdir("/proc/self/task"))
+call.run("cpu")
+outer = len(os.listdir("/proc/self/task"))
+print(json.dumps([teams, same, inner - before + 1, outer - before + 1]))
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_alone_inside_a_parallel_region(tmp_path):
+    """Whoever opened the region has shared the cores already."""
+    source, library = tmp_path / "region.c", tmp_path / "region.so"
+    source.write_text(REGION)
+    command = ["cc", "-shared", "-fPIC", "-fopenmp", source, "-o", library]
+    subprocess.run(command, check=True, capture_output=True)
+    done = isolated.python(IN_REGION, str(library))
+    assert done.returncode == 0, done.stderr
+    teams, same, inside, outside = json.loads(done.stdout)
+    assert teams == [2, 2] and same == [True, True]
+    assert inside == 2 and outside == 6

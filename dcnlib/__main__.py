@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     size.add_argument("--full", dest="size", action="store_const", const="full", help="three seeds")
     demo.add_argument("--output", metavar="DIR", default="demo-output", help="for the picture")
+    demo.add_argument("--write", metavar="FILE", help="put the table between FILE's markers")
     demo.add_argument("--seed", type=int, default=0, help="of the networks (default 0)")
     demo.set_defaults(run=_demo, size="default")
     return parser
@@ -55,6 +56,7 @@ def _info(options: argparse.Namespace) -> None:
 
 def _bench(options: argparse.Namespace) -> None:
     from . import _bench as module
+    from ._markdown import write_block
 
     if options.rounds < 1:
         raise ValueError(
@@ -66,15 +68,18 @@ def _bench(options: argparse.Namespace) -> None:
     elif options.markdown:
         print(module.markdown(report))
     elif options.write:
-        module.write(options.write, module.markdown(report))
+        write_block(options.write, module.BLOCK, module.markdown(report))
     else:
         print(module.text(report))
 
 
 def _demo(options: argparse.Namespace) -> None:
-    from .demo import run
+    from . import demo
+    from ._markdown import write_block
 
-    run(options.size, options.output, options.seed)
+    results = demo.run(options.size, options.output, options.seed)
+    if options.write:
+        write_block(options.write, demo.BLOCK, demo.markdown(results))
 
 
 if __name__ == "__main__":

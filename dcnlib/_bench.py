@@ -10,21 +10,20 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import _config
 from ._info import cpu_model, version_of
+from ._markdown import table
 from ._version import __version__
 from .functional import deform_conv2d, deform_conv2d_backward
 
-_MARKERS = ("<!-- speed table: begin", "<!-- speed table: end -->")
+BLOCK = "speed table"
 
 
 class Layer(NamedTuple):
@@ -122,31 +121,15 @@ def markdown(report: dict[str, Any]) -> str:
     heads = ["layer, float32, batch 1"]
     for name in _PASSES:
         heads += [f"{name}, ms", "GFLOP/s", *(f"time / {rival}" for rival in rivals)]
-    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    rows = []
     for layer in dict.fromkeys(row["layer"] for row in report["rows"]):
         cells = [layer.replace("->", "→").replace(" x ", " × ")]
         for row in report["rows"]:
             if row["layer"] == layer:
                 cells += [f"{row['ms']:.2f}", f"{row['gflops']:.0f}"]
                 cells += [f"{row[f'ratio_{rival}']:.2f}" for rival in rivals]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", f"{_machine(report)}. `python -m dcnlib bench --markdown`"])
-
-
-def write(path: str | Path, table: str) -> None:
-    """Put the table between the markers of a Markdown file."""
-    path = Path(path)
-    begin, end = _MARKERS
-    old = path.read_text(encoding="utf-8")
-    new, count = re.subn(
-        rf"({re.escape(begin)}[^\n]*\n).*?({re.escape(end)})",
-        lambda match: f"{match[1]}\n{table}\n\n{match[2]}",
-        old,
-        flags=re.DOTALL,
-    )
-    if count != 1:
-        raise ValueError(f"bench: write: {path} needs one block from {begin!r} to {end!r}")
-    path.write_text(new, encoding="utf-8")
+        rows.append(cells)
+    return f"{table(heads, rows)}\n\n{_machine(report)}. `python -m dcnlib bench --markdown`"
 
 
 def _rivals() -> list[str]:

@@ -24,6 +24,7 @@ autodoc_member_order = "bysource"
 # The modules' pages read their docstrings without torch too.
 autodoc_mock_imports = [] if __import__("importlib.util").util.find_spec("torch") else ["torch"]
 
+highlight_language = "none"  # plain blocks are plain; examples name their language
 html_theme = "furo"
 html_title = f"dcnlib {release}"
 exclude_patterns = ["_build"]

@@ -2,11 +2,11 @@
 
 import json
 
-import isolated
 import pytest
 
 import dcnlib
-from dcnlib import __main__, _bench, _config, _info
+import isolated
+from dcnlib import __main__, _bench, _config, _info, _markdown
 from dcnlib.backends.cpu import _core
 
 TINY = (_bench.Layer(4, 4, 8, 3), _bench.Layer(4, 4, 8, 3, groups=4))
@@ -149,22 +149,24 @@ class TestBench:
 
     def test_write_replaces_only_the_block(self, timings, tmp_path):
         page = tmp_path / "page.md"
-        begin, end = _bench._MARKERS
+        begin, end = "<!-- speed table: begin", "<!-- speed table: end -->"
         page.write_text(f"before\n{begin} (a remark) -->\nold\n{end}\nafter\n")
         for _ in range(2):
-            _bench.write(page, _bench.markdown(timings))
+            _markdown.write_block(page, _bench.BLOCK, _bench.markdown(timings))
         text = page.read_text()
         assert text.startswith(f"before\n{begin} (a remark) -->\n\n| layer")
         assert text.endswith(f"\n\n{end}\nafter\n")
         assert "old" not in text
         assert text.count("depthwise") == 1
 
-    def test_write_needs_markers(self, timings, tmp_path):
+    def test_write_needs_one_block(self, tmp_path):
         page = tmp_path / "page.md"
-        page.write_text("nothing\n")
-        with pytest.raises(ValueError, match="needs one block"):
-            _bench.write(page, "table")
-        assert page.read_text() == "nothing\n"
+        block = "<!-- speed table: begin -->\n<!-- speed table: end -->\n"
+        for content in ("nothing\n", 2 * block):
+            page.write_text(content)
+            with pytest.raises(ValueError, match="needs one block"):
+                _markdown.write_block(page, _bench.BLOCK, "table")
+            assert page.read_text() == content
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,9 @@ def outcome(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "new"
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        status = __main__.main(["demo", "--quick", "--output", str(folder)])
+        page = folder.parent / "page.md"
+        page.write_text("<!-- demo table: begin -->\n<!-- demo table: end -->\n")
+        status = __main__.main(["demo", "--quick", "--output", str(folder), "--write", str(page)])
     return status, out.getvalue(), folder
 
 
@@ -119,6 +121,11 @@ class TestRun:
 
         assert [row[0] for row in rows] == list(networks.NAMES)
         assert all(0 <= float(row[1]) <= 100 for row in rows)
+
+    def test_written_table(self, outcome):
+        page = (outcome[2].parent / "page.md").read_text()
+        assert page.startswith("<!-- demo table: begin -->\n\n| network | test accuracy |")
+        assert page.count("layers |") == 3
 
     def test_picture(self, outcome):
         picture = outcome[2] / "demo.png"
@@ -173,8 +180,7 @@ def test_table_of_several_seeds():
             self.name, self.accuracy = "plain, 3 layers", [10.0, accuracy]
             self.parameters, self.step_ms, self.seconds = 14506, 12.34, 20.4
 
-    lines = demo.table([Result(70.0), Result(72.0), Result(71.0)]).splitlines()
+    lines = demo.text([Result(70.0), Result(72.0), Result(71.0)]).splitlines()
     assert len(lines) == 2
-    assert "71.0 +- 1.0 %" in lines[1]
-    assert "14,506" in lines[1]
-    assert lines[1].endswith("61 s")
+    cells = ["plain, 3 layers", "71.0 ± 1.0 %", "14,506", "12.3", "20 s"]
+    assert re.split("  +", lines[1]) == cells

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import dcnlib
-from dcnlib import _config
+from dcnlib import _bench, _config, demo
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -148,7 +148,7 @@ def test_every_page_is_in_the_table_of_contents():
 def test_blocks_that_commands_write():
     """`bench --write` and the demo's table need their places."""
     readme = (ROOT / "README.md").read_text()
-    for block in ("speed table", "demo table"):
+    for block in (_bench.BLOCK, demo.BLOCK):
         begin = re.search(rf"<!-- {block}: begin[^\n]*-->\n", readme)
         assert begin, block
         assert readme.index(f"<!-- {block}: end -->") >= begin.end()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .._info import summary
+from .._markdown import table
 from .digits import PACKAGE, deformed_digits
 
 
@@ -30,6 +31,8 @@ SIZES = {
     "full": _Size(4000, 1000, 12, 3),
 }
 
+BLOCK = "demo table"
+_HEADS = ("network", "test accuracy", "parameters", "ms per step", "training")
 _BAR = "{desc:<28} {percentage:3.0f} % |{bar}| {n_fmt}/{total_fmt} steps, {remaining} left{postfix}"
 
 
@@ -62,7 +65,7 @@ def run(size: str = "default", output: str | Path = "demo-output", seed: int = 0
                         bar.set_postfix_str(f"test {accuracy:.1f} %")
 
                 results.append(networks.train(name, data, epochs, number, advance))
-    print("\n" + table(results))
+    print("\n" + text(results))
 
     path = Path(output) / "demo.png"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,22 +74,37 @@ def run(size: str = "default", output: str | Path = "demo-output", seed: int = 0
     return results
 
 
-def table(results: list) -> str:
-    """One line a network: mean over the seeds, spread where there are several."""
-    head = ("network", "test accuracy", "parameters", "ms per step", "training")
-    lines = ["{:<21} {:>15} {:>11} {:>12} {:>9}".format(*head)]
+def text(results: list) -> str:
+    """The table for a terminal."""
+    lines = ["{:<21} {:>15} {:>11} {:>12} {:>9}".format(*_HEADS)]
+    lines += ["{:<21} {:>15} {:>11} {:>12} {:>9}".format(*cells) for cells in _rows(results)]
+    return "\n".join(lines)
+
+
+def markdown(results: list) -> str:
+    """The table for the README, and what it was made on."""
+    from torch import __version__ as torch_version
+
+    return f"{table(_HEADS, _rows(results))}\n\n{summary()}, torch {torch_version}."
+
+
+def _rows(results: list) -> list[list[str]]:
+    """A line a network: mean over the seeds, with the standard deviation if there are several."""
+    rows = []
     for name in dict.fromkeys(result.name for result in results):
         runs = [result for result in results if result.name == name]
         final = [run.accuracy[-1] for run in runs]
-        accuracy = f"{statistics.mean(final):.1f} %"
-        if len(runs) > 1:
-            accuracy = f"{statistics.mean(final):.1f} +- {statistics.stdev(final):.1f} %"
-        lines.append(
-            f"{name:<21} {accuracy:>15} {runs[0].parameters:>11,} "
-            f"{statistics.median(run.step_ms for run in runs):>12.1f} "
-            f"{sum(run.seconds for run in runs):>7.0f} s"
+        spread = f" ± {statistics.stdev(final):.1f}" if len(runs) > 1 else ""
+        rows.append(
+            [
+                name,
+                f"{statistics.mean(final):.1f}{spread} %",
+                f"{runs[0].parameters:,}",
+                f"{statistics.median(run.step_ms for run in runs):.1f}",
+                f"{statistics.mean(run.seconds for run in runs):.0f} s",
+            ]
         )
-    return "\n".join(lines)
+    return rows
 
 
 def _require(*modules: str) -> None:

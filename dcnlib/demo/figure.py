@@ -32,7 +32,7 @@ def draw(results: list[Result], test: Digits, path: Path) -> None:
         deformable = next(result for result in results if result.name == DEFORMABLE)
         _draw_samples(figure, deformable.network, test)
         _heading(figure, 0.58, "Accuracy on test digits in %")
-        _draw_curves(figure.add_axes((0.065, 0.085, 0.685, 0.46)), results)
+        _draw_curves(figure.add_axes((0.065, 0.085, 0.665, 0.46)), results)
         figure.savefig(path)
 
 
@@ -131,7 +131,7 @@ def _draw_curves(ax: Axes, results: list[Result]) -> None:
         ends[name] = (mean[-1], label)
     lowest = -np.inf
     for name, (height, label) in sorted(ends.items(), key=lambda item: item[1][0]):
-        lowest = max(height, lowest + 6.5)  # a line of text
+        lowest = max(height, lowest + 5.5)  # a line of text
         ax.annotate(
             f"{label}  {name}", (epochs[-1], lowest), (9, 0), textcoords="offset points",
             va="center", color=_COLOUR[name], weight="bold", annotation_clip=False,

@@ -37,6 +37,7 @@
 
 namespace DCN_ISA {
 
+constexpr int64_t BACKWARD_TILE_BYTES = 256 << 10; /* columns of a tile */
 constexpr int64_t BACKWARD_WAVE_BYTES = 8 << 20; /* memory of a wave's images, but at least one */
 constexpr int64_t WAVE_IMAGES = 16;
 constexpr int64_t BAND_PIXELS = 512; /* a band has at least this many */
@@ -76,7 +77,7 @@ struct Backward {
     output_line = round_up(pixels, LINE / size);
     columns_row = is_depthwise(p) ? 0 : columns_pitch(p, slabs);
     chunk = chunk_taps(p, slabs);
-    tile = columns_row ? TILE_BYTES / 2 / (columns_row * size) / ROWS * ROWS : 112;
+    tile = columns_row ? BACKWARD_TILE_BYTES / (columns_row * size) / ROWS * ROWS : 112;
     tile = max((int64_t)2 * ROWS, min(tile, 112 * 4 / size));
     tile = ceil_div(pixels, ceil_div(pixels, tile));
     tiles = ceil_div(pixels, tile);

@@ -27,7 +27,10 @@ namespace DCN_ISA {
 
 constexpr int64_t WAVE_BYTES = 4 << 20;   /* packed images of a wave, but at least one image */
 constexpr int64_t PACK_PIXELS = 1024;     /* pixels of one packing task */
-constexpr int64_t TILE_BYTES = 512 << 10; /* columns and result of a tile */
+/* Columns and result of a tile, and its bytes a column: more pixels share a panel of weights where the
+ * second-level cache holds them, a megabyte or more in machines with AVX-512. */
+constexpr int64_t TILE_BYTES = DCN_VECTOR_BYTES == 64 ? 832 << 10 : 512 << 10;
+constexpr int64_t TILE_COLUMN = DCN_VECTOR_BYTES == 64 ? 224 * 4 : 112 * 4;
 
 template <class A>
 struct Forward {
@@ -65,10 +68,13 @@ struct Forward {
     const int64_t pixels = plane_out(p);
     const int64_t row_bytes = (columns_row + result_row) * (int64_t)sizeof(A);
     tile = TILE_BYTES / row_bytes / ROWS * ROWS;
-    tile = max((int64_t)2 * ROWS, min(tile, (int64_t)112 * 4 / (int64_t)sizeof(A)));
+    tile = max((int64_t)2 * ROWS, min(tile, TILE_COLUMN / (int64_t)sizeof(A)));
     tiles = ceil_div(pixels, tile);
-    const int64_t wanted = ceil_div(num_threads, max(p.batch, (int64_t)1));
-    if (tiles < wanted) tiles = min(wanted, ceil_div(pixels, (int64_t)ROWS));
+    /* Few tiles: as many for every thread. */
+    const int64_t batch = max(p.batch, (int64_t)1);
+    if (tiles * batch < 4 * num_threads)
+      tiles = min(ceil_div(round_up(tiles * batch, num_threads), batch),
+                  ceil_div(pixels, (int64_t)ROWS));
     tile = ceil_div(pixels, tiles);
     tiles = ceil_div(pixels, tile);
     tile_pitch = round_up(tile, L);

@@ -25,7 +25,8 @@ constexpr int ROWS = 14;
 constexpr int ROWS = 6;
 #endif
 
-constexpr int64_t GEMM_DEPTH = 224; /* k of one cut: 28 kB of a panel and 12 kB of A in AVX-512 */
+/* k of one cut. AVX-512 machines have second-level caches that feed a panel of any depth. */
+constexpr int64_t GEMM_DEPTH = DCN_VECTOR_BYTES == 64 ? 576 : 224;
 
 template <class A, int M, int N>
 static void gemm_registers(int64_t depth, const A *a, int64_t lda, const A *b, int64_t ldb, A *c,

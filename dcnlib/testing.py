@@ -149,6 +149,17 @@ class Call(NamedTuple):
         """The same call in another dtype, "bfloat16" included."""
         return self.map(lambda array: array.astype(numpy_dtype(dtype)))
 
+    def to_torch(self) -> Call:
+        """The same call with torch tensors, which share the memory of its arrays."""
+        import torch
+
+        def tensor(array):
+            if array.dtype.name == "bfloat16":
+                return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+            return torch.from_numpy(array)
+
+        return self.map(tensor)
+
     def problem(self) -> DeformConv2dProblem:
         """This call of NumPy arrays as backends are told about it."""
         specs = (None if a is None else (a.shape, a.dtype.name) for a in self[:6])
@@ -185,6 +196,18 @@ class Call(NamedTuple):
         """The result and the gradients by name (`OUTPUTS`); None where an argument is None."""
         grads = self.backward(backend)
         return dict(zip(OUTPUTS, (self.forward(backend), *grads), strict=True))
+
+
+def to_numpy(array: Any) -> np.ndarray:
+    """`array` as NumPy has it: arrays as they are, torch's tensors without a copy."""
+    if isinstance(array, np.ndarray) or not hasattr(array, "detach"):
+        return np.asarray(array)
+    tensor = array.detach()
+    if str(tensor.dtype) == "torch.bfloat16":
+        import torch
+
+        return tensor.view(torch.int16).numpy().view(numpy_dtype("bfloat16"))
+    return tensor.numpy()
 
 
 def cpu_isas() -> list[str]:
@@ -309,7 +332,7 @@ def real(geometry: Geometry, seed) -> Call:
 def errors(actual, expected, dtype: str) -> tuple[float, float]:
     """Error of `actual` in units of u: (largest / largest value, rms / rms of the values)."""
     expected = np.asarray(expected)
-    difference = np.asarray(actual).astype(expected.dtype) - expected
+    difference = to_numpy(actual).astype(expected.dtype) - expected
     if expected.size == 0:
         return 0.0, 0.0
     u = UNIT_ROUNDOFF[dtype]
@@ -343,7 +366,7 @@ def assert_equal(actual: dict, expected: dict, note: object = "") -> None:
         if exact is None:
             assert actual[name] is None, f"{name} should be None; {note}"
             continue
-        got = np.asarray(actual[name])
+        got = to_numpy(actual[name])
         assert got.shape == exact.shape, f"{name}: shape {got.shape}, not {exact.shape}; {note}"
         want = exact if got.dtype == exact.dtype else rounded(exact, got.dtype)
         wrong = ~((got == want) | ((got != got) & (want != want)))

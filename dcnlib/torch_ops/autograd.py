@@ -151,6 +151,7 @@ class _Backward(_SingleLevelFunction):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_output, input, offset, weight, mask)
         ctx.place, ctx.options = place, options
+        ctx.output_mask = wanted(BACKWARD, output_mask, mask)
         return _below_record(
             backward_operator,
             keyset, grad_output, input, offset, weight, bias, *place, mask, *options, output_mask,
@@ -159,7 +160,7 @@ class _Backward(_SingleLevelFunction):
     @staticmethod
     def backward(ctx, *grads):
         needed = ctx.needs_input_grad[1:6]
-        output_mask = [grad is not None for grad in grads]
+        output_mask = [w and g is not None for w, g in zip(ctx.output_mask, grads, strict=True)]
         if not any(output_mask):
             return (None,) * 10
         saved = grad_output, input, offset, weight, mask = ctx.saved_tensors
@@ -177,7 +178,8 @@ class _Backward(_SingleLevelFunction):
             _, pull_back = torch.func.vjp(
                 wanted_gradients, *[t for t, n in zip(saved, needed, strict=True) if n]
             )
-            found = iter(pull_back(tuple(grad for grad in grads if grad is not None)))
+            grads = tuple(grad for grad, w in zip(grads, output_mask, strict=True) if w)
+            found = iter(pull_back(grads))
         return None, *[next(found) if n else None for n in needed], None, None, None, None
 
 

@@ -25,6 +25,9 @@ class _Samples(NamedTuple):
     corners: list[tuple[Tensor, Tensor]]
     """For each of the four q around p: place in the padded image and G(q, p), (N, G, 1, K, P)."""
     inside: Tensor
+    has_value: Tensor
+    """Where p is inside or NaN; (N, G, 1, K, P). Elsewhere the sample is 0, whatever it meets."""
+    has_slope: Tensor
 
 
 def forward(
@@ -72,7 +75,8 @@ def backward(
 
     def grad_offset():
         slopes = (samples.slope_y, samples.slope_x)
-        return torch.stack([(grad_sample * slope).sum(2) for slope in slopes], 3)
+        where = samples.has_slope
+        return torch.stack([_over_channels(grad_sample * slope, where) for slope in slopes], 3)
 
     def grad_weight():
         return (dy @ _rows(problem, _modulated(problem, mask, s)).mT).sum(0)
@@ -81,7 +85,7 @@ def backward(
         return dy.sum((0, 3))
 
     def grad_mask():
-        return (upstream * s).sum(2)
+        return _over_channels(upstream * s, samples.has_value)
 
     formulas = (
         (grad_input, problem.unbatch(problem.input_shape)),
@@ -122,12 +126,11 @@ def _samples(problem: DeformConv2dProblem, x: Tensor, offset: Tensor) -> _Sample
     padded = padded.reshape(n, g, problem.in_channels // g, (problem.in_h + 2) * width)
     place = torch.where(in_cells, (row + 1) * width + column + 1, 0)
     places = [place + down * width + right for down in (0, 1) for right in (0, 1)]
-    # At exactly -1 there is a slope but the value is 0, even next to an infinite pixel.
-    v00, v01, v10, v11 = (
-        torch.where(inside | v.isfinite(), v, 0) for v in (_read(padded, q) for q in places)
-    )
+    v00, v01, v10, v11 = pixels = [_read(padded, q) for q in places]
+    # At exactly -1 there are slopes but the value is 0, even next to an infinite pixel.
+    u00, u01, u10, u11 = (torch.where(inside | v.isfinite(), v, 0) for v in pixels)
 
-    value = (1 - ly) * ((1 - lx) * v00 + lx * v01) + ly * ((1 - lx) * v10 + lx * v11)
+    value = (1 - ly) * ((1 - lx) * u00 + lx * u01) + ly * ((1 - lx) * u10 + lx * u11)
     slope_y = (1 - lx) * (v10 - v00) + lx * (v11 - v01)  # right-hand at integer positions
     slope_x = (1 - ly) * (v01 - v00) + ly * (v11 - v10)
     not_a_number = (offset_y + offset_x).square()  # and so is its derivative
@@ -136,7 +139,8 @@ def _samples(problem: DeformConv2dProblem, x: Tensor, offset: Tensor) -> _Sample
         for a in (value, slope_y, slope_x)
     )
     weights = [gy * gx for gy in (1 - ly, ly) for gx in (1 - lx, lx)]
-    return _Samples(value, slope_y, slope_x, list(zip(places, weights, strict=True)), inside)
+    corners = list(zip(places, weights, strict=True))
+    return _Samples(value, slope_y, slope_x, corners, inside, inside | nan, in_cells | nan)
 
 
 def _position(base: Tensor, offset: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -178,6 +182,11 @@ def _modulated(problem: DeformConv2dProblem, mask: Tensor | None, values: Tensor
         return values
     n, g, _, k, p = values.shape
     return mask.reshape(n, g, 1, k, p) * values
+
+
+def _over_channels(values: Tensor, where: Tensor) -> Tensor:
+    """The sum over an offset group's channels, (N, G, K, P); exactly 0 elsewhere."""
+    return torch.where(where[:, :, 0], values.sum(2), 0)
 
 
 def _by_group(problem: DeformConv2dProblem, weight: Tensor) -> Tensor:

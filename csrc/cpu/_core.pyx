@@ -33,6 +33,11 @@ def openmp() -> bool:
     return dcn_threads_openmp() != 0
 
 
+def stay_alone() -> None:
+    """One thread from now on, as in a forked child."""
+    dcn_threads_alone()
+
+
 def built() -> list[str]:
     """The instruction sets in this build, best first."""
     return names(dcn_cpu_built())

@@ -9,6 +9,8 @@ static volatile int forked = 0;
 
 static void in_child(void) { forked = 1; }
 
+void dcn_threads_alone(void) { forked = 1; }
+
 void dcn_threads_init(void) { pthread_atfork(nullptr, nullptr, in_child); }
 
 int dcn_threads_openmp(void) { return 1; }
@@ -70,6 +72,7 @@ int dcn_threads_allowed(int wanted, int *short_of_threads) {
 #else
 
 void dcn_threads_init(void) {}
+void dcn_threads_alone(void) {}
 int dcn_threads_openmp(void) { return 0; }
 int dcn_threads_allowed(int, int *) { return 1; }
 

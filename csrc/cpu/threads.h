@@ -9,6 +9,9 @@ extern "C" {
 /* Call once, before the first team: from then on a forked child is known to be one. */
 void dcn_threads_init(void);
 
+/* From now on as in a forked child: for who has been forked before the library was loaded. */
+void dcn_threads_alone(void);
+
 /* How many threads a team may have now, at most `wanted`:
  *   1 in a forked child    libgomp's threads do not survive a fork, a team would wait for ever
  *   1 inside a region      whoever opened it has shared the cores already

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import numpy as np
 
 from ... import _config
 
+
+def _forked_with_openmp() -> bool:
+    """Whether an OpenMP runtime came into this process by a fork: its threads stayed behind."""
+    try:
+        flags = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[6])
+        forked_without_exec = flags & 0x40
+        return bool(forked_without_exec) and "libgomp" in Path("/proc/self/maps").read_text()
+    except (OSError, ValueError, IndexError):  # no Linux
+        return False
+
+
+_alone = _forked_with_openmp()
 try:  # "from . import" would call a missing module a circular import
     _core = importlib.import_module("._core", __name__)
 except ImportError as error:
@@ -16,6 +29,8 @@ except ImportError as error:
         f"({error}); in a source folder run: python -m pip install -e . "
         "(or start Python in another folder to use an installed dcnlib)"
     ) from error
+if _alone:
+    _core.stay_alone()
 
 name = "cpu"
 

@@ -43,7 +43,7 @@ constexpr int64_t WAVE_IMAGES = 16;
 constexpr int64_t BAND_PIXELS = 512; /* a band has at least this many */
 constexpr int64_t MOST_BANDS = 4;    /* slabs * bands beyond which slabs alone are enough */
 constexpr int64_t SUM_RUN = 512;     /* values of grad_bias summed in A before they go into a double */
-constexpr int64_t BIAS_OUTPUTS = 16; /* outputs of one bias task, of one grad_weight task */
+constexpr int64_t BIAS_OUTPUTS = 16; /* outputs of one task of grad_bias, weights or grad_weight */
 
 template <class A>
 struct Backward {
@@ -62,6 +62,7 @@ struct Backward {
   int64_t share_row; /* grad_weight share: values of one output's row; the packed weights' as well */
   int64_t pairs;     /* of a slab and an offset group that meet: slab + offset_group numbers them */
   int64_t pack_tasks, output_tasks, bias_tasks;
+  int64_t pieces; /* of BIAS_OUTPUTS outputs, of a group */
 
   Backward(const dcn_params &params, int wanted) : p(params), slabs(params), frame(params) {
     need_input = wanted & DCN_GRAD_INPUT;
@@ -95,12 +96,16 @@ struct Backward {
     wave = max((int64_t)1, min(min(p.batch, WAVE_IMAGES), BACKWARD_WAVE_BYTES / (values * size)));
     pack_tasks = ceil_div(plane_in(p), PACK_PIXELS) * slabs.count;
     output_tasks = ceil_div(pixels, PACK_PIXELS);
+    pieces = ceil_div(group_out(p), BIAS_OUTPUTS);
     bias_tasks = need_bias ? ceil_div(p.out_channels, BIAS_OUTPUTS) : 0;
   }
 
   bool need_columns_gradient() const { return need_input || need_samples_gradient; }
   int64_t waves() const { return max((int64_t)1, ceil_div(p.batch, wave)); }
   int64_t owners() const { return slabs.count * bands; }
+  int64_t weight_tasks() const {
+    return !need_columns_gradient() ? 0 : is_depthwise(p) ? 1 : slabs.count * pieces;
+  }
   /* Depthwise reads grad_output as [output of a channel][pixel][channel]. */
   int64_t output_copies() const { return is_depthwise(p) ? group_out(p) : 1; }
   int64_t weight_values() const {
@@ -150,38 +155,46 @@ template <class A>
 struct BackwardScratch {
   Tile<A> tile;
   Corners<A> corners;
-  A *row, *columns, *products;
+  A *row, *turned; /* an output's weights of a slab, before and behind a transposition */
+  A *columns, *products;
   BackwardScratch(const Backward<A> &b, Arena &arena)
       : tile(arena, b.tile_pitch), corners(arena, b.chunk * b.tile_pitch, true) {
-    row = arena.take<A>(max(SUM_RUN, SLAB * taps_of(b.p)));
+    const int64_t values = SLAB * taps_of(b.p) + Vector<A>::lanes;
+    row = arena.take<A>(max(SUM_RUN, values));
+    turned = arena.take<A>(values);
     columns = arena.take<A>(b.tile * b.columns_row);
     products = arena.take<A>(4 * b.chunk * b.tile_pitch);
   }
 };
 
-/* Weights of one slab for h: [block][chunk][panel][output][2 vectors of columns]. */
+/* Weights of BIAS_OUTPUTS outputs of a slab's groups for h:
+ * [block][chunk][panel][output][2 vectors of columns], zeros behind a chunk's last column. */
 template <class A>
-static void pack_slab_weights(const Backward<A> &b, const void *weight, int64_t slab, A *to) {
+static void pack_slab_weights(const Backward<A> &b, const void *weight, int64_t slab, int64_t piece,
+                              A *to, const BackwardScratch<A> &s) {
   const dcn_params &p = b.p;
-  constexpr int64_t width = 2 * Vector<A>::lanes;
+  constexpr int64_t L = Vector<A>::lanes;
   const int64_t taps = taps_of(p), outputs = group_out(p), channels = group_in(p);
+  const int64_t first = piece * BIAS_OUTPUTS, last = min(first + BIAS_OUTPUTS, outputs);
   const int64_t end = b.slabs.end(p, slab);
   for (int64_t c = b.slabs.begin(slab); c < end;) {
     const Block block = block_at(p, c, end);
-    for (int64_t tap = 0; tap < taps; tap += b.chunk) {
-      const int64_t columns = min(b.chunk, taps - tap) * block.count;
-      for (int64_t panel = 0; panel < b.chunk_columns(block.count); panel += width)
-        for (int64_t o = 0; o < outputs; o++) {
-          const int64_t row = ((block.group * outputs + o) * channels + c % channels) * taps + tap;
-          for (int64_t i = 0; i < width; i++, to++) {
-            const int64_t column = panel + i;
-            *to = column < columns ? read_one<A>(weight, p.dtype,
-                                                 row + column % block.count * taps +
-                                                     column / block.count)
-                                   : A(0);
-          }
-        }
+    const int64_t values = block.count * taps, chunk_columns = b.chunk_columns(block.count);
+    for (int64_t o = first; o < last; o++) {
+      read_row(weight, p.dtype, ((block.group * outputs + o) * channels + c % channels) * taps, 1,
+               values, s.row);
+      transpose_rows(s.row, block.count, taps, s.turned);
+      for (int64_t tap = 0; tap < taps; tap += b.chunk) {
+        const int64_t columns = min(b.chunk, taps - tap) * block.count;
+        const A *from = s.turned + tap * block.count;
+        A *at = to + tap / b.chunk * chunk_columns * outputs + o * 2 * L;
+        for (int64_t i = 0; i < chunk_columns; i += 2 * L, at += outputs * 2 * L)
+          for (int64_t j = 0; j < 2 * L; j += L)
+            store(at + j, keep<A>(first_lanes<A>((int)max((int64_t)0, min(L, columns - i - j))),
+                                  load(from + min(i + j, columns))));
+      }
     }
+    to += b.block_columns(block.count) * outputs;
     c += block.count;
   }
 }
@@ -401,40 +414,44 @@ static void finish_samples(const Backward<A> &b, const dcn_tensors &tensors, con
 /* grad_weight of BIAS_OUTPUTS outputs per group of one slab: the sum of its owners' shares. */
 template <class A>
 static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors, const A *share,
-                          int64_t slab, int64_t piece, A *row) {
+                          int64_t slab, int64_t piece, const BackwardScratch<A> &s) {
   const dcn_params &p = b.p;
   const int64_t taps = taps_of(p), outputs = group_out(p), channels = group_in(p);
   const int64_t slab_begin = b.slabs.begin(slab), slab_end = b.slabs.end(p, slab);
   const int64_t first = piece * BIAS_OUTPUTS, last = min(first + BIAS_OUTPUTS, outputs);
-  const int64_t slots = p.batch ? b.wave : 0;
+  const int64_t slots = p.batch ? b.wave : 0, slot_step = b.owners() * outputs * b.share_row;
+  const bool depthwise = is_depthwise(p);
+  /* A run: columns that lie together in a share; runs of a row are `run_step` apart. */
+  const int64_t run_taps = depthwise ? 1 : b.chunk;
+  share += slab * b.bands * outputs * b.share_row;
   int64_t column = 0;
   for (int64_t c = slab_begin; c < slab_end;) {
     const Block block = block_at(p, c, slab_end);
+    const int64_t run_step =
+        depthwise ? b.slabs.pitch + Vector<A>::lanes : b.chunk_columns(block.count);
     for (int64_t o = first; o < last; o++) {
-      for (int64_t i = 0; i < block.count; i++)
-        for (int64_t k = 0; k < taps; k++) {
-          const int64_t at =
-              is_depthwise(p)
-                  ? o * b.share_row + k * (b.slabs.pitch + Vector<A>::lanes) + c - slab_begin + i
-                  : o * b.share_row + column + k / b.chunk * b.chunk_columns(block.count) +
-                        k % b.chunk * block.count + i;
-          A sum = 0;
-          for (int64_t slot = 0; slot < slots; slot++)
-            for (int64_t band = 0; band < b.bands; band++)
-              sum += share[((slot * b.slabs.count + slab) * b.bands + band) * outputs * b.share_row +
-                           at];
-          row[i * taps + k] = sum;
-        }
-      if (is_depthwise(p))
+      for (int64_t k = 0; k < taps; k += run_taps) {
+        const A *from = share + o * b.share_row + column + k / run_taps * run_step;
+        const int64_t count = min(run_taps, taps - k) * block.count;
+        A *sum = s.row + k * block.count;
+        for (int64_t i = 0; i < count; i++) sum[i] = 0;
+        for (int64_t slot = 0; slot < slots; slot++)
+          for (int64_t band = 0; band < b.bands; band++) {
+            const A *other = from + slot * slot_step + band * outputs * b.share_row;
+            for (int64_t i = 0; i < count; i++) sum[i] += other[i];
+          }
+      }
+      transpose_rows(s.row, taps, block.count, s.turned);
+      if (depthwise)
         for (int64_t i = 0; i < block.count; i++)
           write_row(tensors.grad_weight, p.dtype, ((c + i) * outputs + o) * taps, 1, taps,
-                    row + i * taps);
+                    s.turned + i * taps);
       else
         write_row(tensors.grad_weight, p.dtype,
                   ((block.group * outputs + o) * channels + c % channels) * taps, 1,
-                  block.count * taps, row);
+                  block.count * taps, s.turned);
     }
-    column += b.block_columns(block.count);
+    column += depthwise ? block.count : b.block_columns(block.count);
     c += block.count;
   }
 }
@@ -447,11 +464,11 @@ static void backward_plan(const dcn_params &p, int wanted, dcn_cpu_plan *plan) {
   BackwardScratch<A>(b, scratch);
   plan->waves = b.waves();
   plan->phases = 4;
-  plan->tasks[0] = b.bias_tasks + b.slabs.count + b.wave * (b.pack_tasks + b.output_tasks);
+  plan->tasks[0] = b.bias_tasks + b.weight_tasks() + b.wave * (b.pack_tasks + b.output_tasks);
   plan->tasks[1] = b.wave * b.owners();
   plan->tasks[2] = b.wave * ((b.need_input ? b.pack_tasks : 0) +
                              (b.need_samples_gradient ? p.offset_groups * taps_of(p) : 0));
-  plan->tasks[3] = b.need_weight ? b.slabs.count * ceil_div(group_out(p), BIAS_OUTPUTS) : 0;
+  plan->tasks[3] = b.need_weight ? b.slabs.count * b.pieces : 0;
   plan->shared_bytes = shared.used;
   plan->scratch_bytes = scratch.used;
   plan->internal = wanted;
@@ -467,15 +484,14 @@ static void prepare(const Backward<A> &b, const dcn_tensors &tensors, const Back
     return sum_bias(b, tensors, shared.bias, task, first_image, images, wave == 0,
                     wave == b.waves() - 1, s.row);
   task -= b.bias_tasks;
-  if (task < b.slabs.count) {
-    if (wave > 0 || !b.need_columns_gradient()) return;
-    if (!is_depthwise(p))
-      pack_slab_weights(b, tensors.weight, task, shared.weight + task * group_out(p) * b.share_row);
-    else if (task == 0)
-      pack_depthwise_weight(p, tensors.weight, shared.weight);
-    return;
+  if (task < b.weight_tasks()) {
+    if (wave > 0) return;
+    if (is_depthwise(p)) return pack_depthwise_weight(p, tensors.weight, shared.weight);
+    const int64_t slab = task / b.pieces;
+    return pack_slab_weights(b, tensors.weight, slab, task % b.pieces,
+                             shared.weight + slab * group_out(p) * b.share_row, s);
   }
-  task -= b.slabs.count;
+  task -= b.weight_tasks();
   const int64_t slot = task / (b.pack_tasks + b.output_tasks);
   task %= b.pack_tasks + b.output_tasks;
   if (slot >= images) return;
@@ -540,9 +556,8 @@ static void backward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, 
                             first_image + slot, task / taps_of(p), task % taps_of(p), s.row);
     }
     default: {
-      const int64_t pieces = ceil_div(group_out(p), BIAS_OUTPUTS);
       if (wave == b.waves() - 1)
-        finish_weight(b, tensors, shared.share, task / pieces, task % pieces, s.row);
+        finish_weight(b, tensors, shared.share, task / b.pieces, task % b.pieces, s);
     }
   }
 }

@@ -2,6 +2,7 @@
  *
  *   pack_frame     channels of (C, H, W) or (H, W, C) in storage type -> frame [pixel][pitch]
  *   pack_pixels    every `step`-th channel of the same -> [pixel][pitch], no frame
+ *   transpose_rows [row][column] -> [column][row]
  *   write_tile     [pixel][pitch] -> channels of (C, H, W) or (H, W, C) in storage type, plus bias
  *
  * All go through lanes x lanes transposes in registers where the caller is channels-first; float32
@@ -45,6 +46,29 @@ DCN_INLINE void load_block(const void *memory, const dcn_params &p, int64_t inde
     }
   }
   transpose<A>(block);
+}
+
+/* to[c][r] = from[r][c], r < rows, c < columns. A vector behind either end may be read and written. */
+template <class A>
+static void transpose_rows(const A *from, int64_t rows, int64_t columns, A *to) {
+  constexpr int64_t L = Vector<A>::lanes;
+  for (int64_t r = 0; r < rows; r += L) {
+    if (r + L > rows && rows >= L) r = rows - L;
+    const int64_t height = min(L, rows - r);
+    for (int64_t c = 0; c < columns; c += L) {
+      if (c + L > columns && columns >= L) c = columns - L;
+      const int64_t width = min(L, columns - c);
+      typename Vector<A>::V block[L];
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < L; j++)
+        block[j] = load(from + (r + min(j, height - 1)) * columns + c);
+      transpose<A>(block);
+      /* In order: where rows are shorter than a vector, the next one overwrites what spills. */
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < L; j++)
+        if (j < width) store(to + (c + j) * rows + r, block[j]);
+    }
+  }
 }
 
 /* memory[image][begin + c][first + i] -> the frame's pixels, c < count, with the zeros around those

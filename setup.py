@@ -1,4 +1,4 @@
-"""Builds the compiled parts: a Cython module and, for each instruction set, the kernels' object file.
+"""Builds the compiled parts: a Cython module, and the kernels once for each instruction set.
 
 Everything else about the package is in pyproject.toml. Switches (environment variables):
 
@@ -79,8 +79,10 @@ class BuildExt(build_ext):
         def compile_one(isa: str) -> str:
             source = f"csrc/cpu/kernels/{isa}.cpp"
             target = Path(self.build_temp) / f"{source.removesuffix('.cpp')}.o"
-            if self.force or not target.exists() or target.stat().st_mtime < max(
-                newest, Path(source).stat().st_mtime
+            if (
+                self.force
+                or not target.exists()
+                or target.stat().st_mtime < max(newest, Path(source).stat().st_mtime)
             ):
                 self.compiler.compile(
                     [source],

@@ -16,7 +16,8 @@ from ._version import __version__
 from .functional import deform_conv2d, deform_conv2d_backward
 
 if TYPE_CHECKING:
-    from . import compat, nn
+    from . import compat as compat
+    from . import nn as nn
 
 __all__ = [
     "__version__",

@@ -186,7 +186,7 @@ def _environment_threads() -> int | None:
 
 
 def _omp_threads() -> int | None:
-    """OMP_NUM_THREADS may be a list, one number a nesting level; the OpenMP runtime reports errors."""
+    """OMP_NUM_THREADS may be a list, a number for each nesting level; OpenMP reports errors."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) > 0 else None
 

@@ -170,9 +170,7 @@ def four_sides(
         if value == "valid":
             return (0, 0, 0, 0)
         if value != "same":
-            raise value_error(
-                op, "padding", "unknown name", '"same" or "valid"', _brief(value)
-            )
+            raise value_error(op, "padding", "unknown name", '"same" or "valid"', _brief(value))
         if stride != (1, 1):
             raise value_error(
                 op,
@@ -249,8 +247,12 @@ def deform_conv2d_problem(
     offset_groups = _offset_groups(
         op, offset_groups, in_channels, offset_sizes[-3], kernel_h * kernel_w
     )
-    out_h = _output_size(op, "height", in_h, padding[0] + padding[1], dilation[0], kernel_h, stride[0])
-    out_w = _output_size(op, "width", in_w, padding[2] + padding[3], dilation[1], kernel_w, stride[1])
+    out_h = _output_size(
+        op, "height", in_h, padding[0] + padding[1], dilation[0], kernel_h, stride[0]
+    )
+    out_w = _output_size(
+        op, "width", in_w, padding[2] + padding[3], dilation[1], kernel_w, stride[1]
+    )
 
     problem = DeformConv2dProblem(
         batch,
@@ -407,7 +409,9 @@ def _mask_hint(offset_channels: int, taps: int) -> str:
     if offset_channels == taps:
         return f"{taps} channels look like a mask: pass it as mask="
     if offset_channels == 3 * taps:
-        return "3 channels a tap look like offset and mask in one: split them into offset= and mask="
+        return (
+            "3 channels a tap look like offset and mask in one: split them into offset= and mask="
+        )
     return ""
 
 

@@ -360,7 +360,7 @@ def assert_close(actual: dict, expected: dict, dtype: str, note: object = "") ->
 
 
 def assert_equal(actual: dict, expected: dict, note: object = "") -> None:
-    """All of `actual` equal to `expected`, rounded to its dtype; a NaN equals a NaN, -0 equals 0."""
+    """All of `actual` equal `expected`, rounded to its dtype; a NaN equals a NaN, -0 equals 0."""
     assert actual.keys() == expected.keys()
     for name, exact in expected.items():
         if exact is None:

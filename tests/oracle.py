@@ -1,9 +1,9 @@
 """A second oracle, built differently from `dcnlib.backends.reference`, to check that one.
 
 No floor, no corners, no padding: the papers' sum over every pixel q of the image, taken literally.
-For one image, tap and offset group the samples are value = Hy @ x @ Hx^T with dense matrices of hats
-Hy[p, q] = max(0, 1 - |q_y - p_y|); slopes use the hat's right-hand derivative, the gradient of the
-input the transposed matrices. Weight groups are written out as one dense weight with zeros.
+For one image, tap and offset group the samples are value = Hy @ x @ Hx^T with dense matrices of
+hats Hy[p, q] = max(0, 1 - |q_y - p_y|); slopes use the hat's right-hand derivative, the gradient of
+the input the transposed matrices. Weight groups are written out as one dense weight with zeros.
 Finite data and tiny problems only.
 """
 

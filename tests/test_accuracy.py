@@ -57,7 +57,9 @@ def measured():
     print(f"{'':10}" + "".join(f"{name:>20}" for name in OUTPUTS))
     for dtype in dict.fromkeys(dtype for dtype, _ in table):
         row = (table[dtype, name] for name in OUTPUTS)
-        print(f"{dtype:10}" + "".join(f"{f'{largest:.3g} / {rms:.3g}':>20}" for largest, rms in row))
+        print(
+            f"{dtype:10}" + "".join(f"{f'{largest:.3g} / {rms:.3g}':>20}" for largest, rms in row)
+        )
 
 
 @cache
@@ -165,7 +167,7 @@ def assert_elementwise(actual, exact, bilinear, ones, dtype):
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("seed", range(3))
 def test_errors_do_not_grow_with_the_image(seed, isa):
-    """As many samples from one image 4096 wide as from 256 images 16 wide: at most twice the error."""
+    """One image 4096 wide and 256 images 16 wide, as many samples: at most twice the error."""
     largest = {}
     for name, geometry in {
         "narrow": Geometry(256, 3, 16, 16, 4, THREE, padding=SAME),

@@ -47,7 +47,9 @@ def test_output_and_gradients(package, case, backend):
         None if arrays[name] is None else arrays[name].astype(np.float64)
         for name in (*ARGUMENTS, "grad_output")
     )
-    inferred = {} if package == "torchvision" else {"groups": groups, "offset_groups": offset_groups}
+    inferred = (
+        {} if package == "torchvision" else {"groups": groups, "offset_groups": offset_groups}
+    )
     arguments = (input, offset, weight, bias, stride, padding, dilation, mask)
     output = dcnlib.deform_conv2d(*arguments, **inferred, backend=backend)
     grads = dcnlib.deform_conv2d_backward(grad_output, *arguments, **inferred, backend=backend)

@@ -7,10 +7,10 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-import isolated
 import pytest
 
 import dcnlib
+import isolated
 from dcnlib.backends.cpu import _core
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="no torch")

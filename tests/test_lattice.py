@@ -71,13 +71,17 @@ def test_channel_blocks(channels, groups, offset_groups):
     check(call, f"testing.lattice({geometry}, 2, (2, 1, 1))")
 
 
-@pytest.mark.parametrize("out_channels", [1, 2, 5, 6, 7, 11, 13, 15, 16, 17, 31, 33, 47, 48, 49, 97])
+@pytest.mark.parametrize(
+    "out_channels", [1, 2, 5, 6, 7, 11, 13, 15, 16, 17, 31, 33, 47, 48, 49, 97]
+)
 def test_output_channel_blocks(out_channels):
     geometry = testing.Geometry(1, 5, 4, 7, out_channels, (3, 2), (1, 1), (1, 1, 1, 1))
     check(testing.lattice(geometry, 3, (4, 2, 2)), f"testing.lattice({geometry}, 3, (4, 2, 2))")
 
 
-@pytest.mark.parametrize("out_w", [*range(1, 18), 31, 32, 33, 55, 56, 57, 111, 112, 113, 223, 224, 225])
+@pytest.mark.parametrize(
+    "out_w", [*range(1, 18), 31, 32, 33, 55, 56, 57, 111, 112, 113, 223, 224, 225]
+)
 def test_widths(out_w):
     """Output widths around every tile, in one row and in five."""
     for out_h in (1, 5):
@@ -88,7 +92,14 @@ def test_widths(out_w):
 
 @pytest.mark.parametrize(
     ("kernel", "channels", "groups"),
-    [((1, 1), 70, 1), ((1, 1), 64, 64), ((7, 7), 20, 1), ((7, 7), 16, 16), ((1, 11), 9, 3), ((9, 8), 4, 1)],
+    [
+        ((1, 1), 70, 1),
+        ((1, 1), 64, 64),
+        ((7, 7), 20, 1),
+        ((7, 7), 16, 16),
+        ((1, 11), 9, 3),
+        ((9, 8), 4, 1),
+    ],
 )
 def test_kernel_chunks(kernel, channels, groups):
     """Kernels that do not fit into one chunk of taps, and the smallest one."""

@@ -11,11 +11,11 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-import isolated
 import numpy as np
 import pytest
 
 import dcnlib
+import isolated
 from dcnlib.backends.cpu import _core
 
 ROOT = Path(__file__).parent.parent

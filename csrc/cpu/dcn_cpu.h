@@ -35,13 +35,13 @@ enum {
 enum { DCN_PHASES = 4 }; /* the most there are */
 
 typedef struct {
-  int64_t waves;                   /* images are taken in waves so that the workspace stays bounded */
-  int64_t phases;                  /* phases of one wave, a barrier after each */
-  int64_t tasks[DCN_PHASES];       /* tasks of each phase (of the largest wave) */
-  size_t shared_bytes;             /* workspace of the call, 64-byte aligned by the caller */
-  size_t scratch_bytes;            /* workspace of each thread, 64-byte aligned by the caller */
-  int64_t work;                    /* multiply-adds of the whole call: too few are not worth a team */
-  int64_t internal;                /* the kernels' own note */
+  int64_t waves;             /* images are taken in waves so that the workspace stays bounded */
+  int64_t phases;            /* phases of one wave, a barrier after each */
+  int64_t tasks[DCN_PHASES]; /* tasks of each phase (of the largest wave) */
+  size_t shared_bytes;       /* workspace of the call, 64-byte aligned by the caller */
+  size_t scratch_bytes;      /* workspace of each thread, 64-byte aligned by the caller */
+  int64_t work;              /* multiply-adds of the whole call: too few are not worth a team */
+  int64_t internal;          /* the kernels' own note */
 } dcn_cpu_plan;
 
 typedef struct {

@@ -38,8 +38,7 @@ int can_create(int count) {
   Gate gate = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false};
   pthread_t threads[MOST];
   int created = 0;
-  while (created < count &&
-         pthread_create(&threads[created], nullptr, wait_at_gate, &gate) == 0)
+  while (created < count && pthread_create(&threads[created], nullptr, wait_at_gate, &gate) == 0)
     created++;
   pthread_mutex_lock(&gate.mutex);
   gate.open = true;

@@ -42,9 +42,7 @@ def forward(problem, input, offset, weight, bias, mask, output, num_threads=None
 
 
 @np.errstate(all="ignore")
-def backward(
-    problem, grad_output, input, offset, weight, mask, grads, num_threads=None
-) -> None:
+def backward(problem, grad_output, input, offset, weight, mask, grads, num_threads=None) -> None:
     """Fill the wanted `grads`; operands as in `dcnlib.backends`."""
     weight = _float64(weight)
     grad_weight = np.zeros(problem.weight_shape)

@@ -1,11 +1,11 @@
-"""The reference backend against dense hat matrices, against its own differences, and its contract."""
+"""The reference backend against dense hat matrices, its own differences, and its contract."""
 
 import itertools
 
 import numpy as np
-import oracle
 import pytest
 
+import oracle
 from dcnlib import testing
 from dcnlib.backends import reference
 from dcnlib.testing import OUTPUTS, PROBLEMS
@@ -78,7 +78,9 @@ def test_offset_gradient_is_y_then_x(axis, expected):
 def test_only_wanted_gradients_are_written(wanted):
     call = testing.lattice(PROBLEMS["groups_across"], 1)
     full = call.backward("reference")
-    outs = [np.full(g.shape, np.nan) if want else None for g, want in zip(full, wanted, strict=True)]
+    outs = [
+        np.full(g.shape, np.nan) if want else None for g, want in zip(full, wanted, strict=True)
+    ]
     reference.backward(
         call.problem(), call.grad_output, call.input, call.offset, call.weight, call.mask, outs
     )

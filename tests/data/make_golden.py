@@ -2,7 +2,8 @@
 
 Run once for each, in an environment that has that package; dcnlib is not needed. The files hold the
 arguments of small calls and what the package answered. torchvision.npz was made by torchvision
-0.29.1 with torch 2.14.1, paddle.npz by paddlepaddle 3.3.1, onnx.npz by the node tests of onnx 1.23.2.
+0.29.1 with torch 2.14.1, paddle.npz by paddlepaddle 3.3.1, onnx.npz by the node tests of onnx
+1.23.2.
 
 `numbers` gives the arguments of the larger Paddle calls, which are not stored.
 """
@@ -168,7 +169,9 @@ def make_onnx() -> dict[str, np.ndarray]:
         attributes = {a.name: a.i or list(a.ints) for a in node.attribute}
         (arrays, (output,)) = case.data_sets[0]
         name = case.name.removeprefix("test_")
-        for argument, array in zip(("input", "weight", "offset", "bias", "mask"), arrays):
+        for argument, array in zip(
+            ("input", "weight", "offset", "bias", "mask"), arrays, strict=False
+        ):
             stored[f"{name}/{argument}"] = array
         stored[f"{name}/output"] = output
         pads = attributes["pads"]  # top, left, bottom, right

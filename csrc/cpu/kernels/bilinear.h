@@ -41,10 +41,10 @@ struct Integer<double> {
 template <class A>
 struct Corners {
   typedef typename Integer<A>::type I;
-  int64_t *at;  /* top left, in values from the slab's start; the others are fixed steps away */
-  A *weight[4]; /* top left, top right, bottom left, bottom right; the mask is in them */
-  A *rest;      /* the mask where it is not finite, else 1 */
-  A *mask;      /* as it came; 1 without one */
+  int64_t *at;    /* top left, in values from the slab's start; the others are fixed steps away */
+  A *weight[4];   /* top left, top right, bottom left, bottom right; the mask is in them */
+  A *rest;        /* the mask where it is not finite, else 1 */
+  A *mask;        /* as it came; 1 without one */
   A *fraction[2]; /* y, x */
   I *state;       /* OUTSIDE, INSIDE, EDGE, NOT_A_NUMBER */
 
@@ -121,7 +121,8 @@ template <class A, bool backward>
 static bool tap_corners(const dcn_params &p, const Frame &frame, int64_t tap, const Tile<A> &tile,
                         int64_t count, int64_t pitch, const Corners<A> &corners, int64_t row) {
   typedef typename Integer<A>::type I;
-  const int64_t shift_y = tap / p.kernel_w * p.dilation_h, shift_x = tap % p.kernel_w * p.dilation_w;
+  const int64_t shift_y = tap / p.kernel_w * p.dilation_h,
+                shift_x = tap % p.kernel_w * p.dilation_w;
   const int64_t H = p.in_h, W = p.in_w, nowhere = frame.nowhere * pitch;
   const A far = A(1099511627776.0); /* 2^40: beyond any position, exact in an int64 */
   bool special = false;
@@ -173,7 +174,8 @@ static bool tap_corners_small(const dcn_params &p, const Frame &frame, int64_t t
   typedef int64_t Wide __attribute__((vector_size(Vector<A>::lanes * 8)));
   typedef int64_t WideUnaligned
       __attribute__((vector_size(Vector<A>::lanes * 8), aligned(8), may_alias));
-  typedef I MaskUnaligned __attribute__((vector_size(DCN_VECTOR_BYTES), aligned(sizeof(I)), may_alias));
+  typedef I MaskUnaligned
+      __attribute__((vector_size(DCN_VECTOR_BYTES), aligned(sizeof(I)), may_alias));
   constexpr int64_t L = Vector<A>::lanes;
   const I shift_y = (I)(tap / p.kernel_w * p.dilation_h);
   const I shift_x = (I)(tap % p.kernel_w * p.dilation_w);
@@ -229,10 +231,11 @@ static bool tap_corners_small(const dcn_params &p, const Frame &frame, int64_t t
  * mask is not finite. */
 template <class A, bool backward>
 static bool chunk_corners(const dcn_params &p, const dcn_tensors &tensors, const Frame &frame,
-                          bool small, int64_t image, int64_t offset_group, int64_t tap, int64_t taps,
-                          int64_t first, int64_t count, int64_t tile_pitch, const Tile<A> &tile,
-                          int64_t pitch, const Corners<A> &corners) {
-  const int64_t plane = plane_out(p), channel = (image * p.offset_groups + offset_group) * taps_of(p);
+                          bool small, int64_t image, int64_t offset_group, int64_t tap,
+                          int64_t taps, int64_t first, int64_t count, int64_t tile_pitch,
+                          const Tile<A> &tile, int64_t pitch, const Corners<A> &corners) {
+  const int64_t plane = plane_out(p),
+                channel = (image * p.offset_groups + offset_group) * taps_of(p);
   (void)small;
   bool special = false;
   if (!tensors.mask)
@@ -249,8 +252,8 @@ static bool chunk_corners(const dcn_params &p, const dcn_tensors &tensors, const
       continue;
     }
 #endif
-    special |= tap_corners<A, backward>(p, frame, tap + t, tile, count, pitch, corners,
-                                        t * tile_pitch);
+    special |=
+        tap_corners<A, backward>(p, frame, tap + t, tile, count, pitch, corners, t * tile_pitch);
   }
   return special;
 }

@@ -189,8 +189,8 @@ static void pack_slab(const dcn_params &p, const Slabs<A> &slabs, const Frame &f
                       const void *input, int64_t image, int64_t slab, int64_t piece, A *to) {
   const int64_t first = piece * PACK_PIXELS, pixels = min(PACK_PIXELS, plane_in(p) - first);
   const int64_t begin = slabs.begin(slab);
-  pack_frame(input, p, frame, p.in_channels, image, begin, slabs.end(p, slab) - begin, first, pixels,
-             to, slabs.pitch);
+  pack_frame(input, p, frame, p.in_channels, image, begin, slabs.end(p, slab) - begin, first,
+             pixels, to, slabs.pitch);
 }
 
 /* Blocks are sampled side by side until the columns are full or the group ends, then multiplied. */
@@ -202,12 +202,13 @@ static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const 
   constexpr int64_t L = Vector<A>::lanes;
   const int64_t taps = taps_of(p), channels = group_in(p);
   const Steps steps(f.frame, f.slabs.pitch);
-  int64_t group = 0, row = 0, filled = 0; /* columns wait to meet the group's weights from `row` on */
+  int64_t group = 0, row = 0,
+          filled = 0; /* columns wait to meet the group's weights from `row` on */
   const auto multiply = [&] {
     const A *panel = weight + (group * f.panels * f.depth + row) * 2 * L;
     if (filled)
-      gemm(pixels, f.padded_out / L, filled, s.columns, f.columns_row, panel, 2 * L, f.depth * 2 * L,
-           s.result + group * f.padded_out, f.result_row, row > 0);
+      gemm(pixels, f.padded_out / L, filled, s.columns, f.columns_row, panel, 2 * L,
+           f.depth * 2 * L, s.result + group * f.padded_out, f.result_row, row > 0);
     filled = 0;
   };
   tile_positions(p, first, pixels, s.tile);
@@ -215,9 +216,9 @@ static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const 
     const int64_t begin = offset_group * offset_group_in(p), end = begin + offset_group_in(p);
     for (int64_t tap = 0; tap < taps; tap += f.chunk) {
       const int64_t count = min(f.chunk, taps - tap);
-      const bool special = chunk_corners<A, false>(p, tensors, f.frame, f.small, image, offset_group,
-                                                   tap, count, first, pixels, f.tile_pitch, s.tile,
-                                                   f.slabs.pitch, s.corners);
+      const bool special =
+          chunk_corners<A, false>(p, tensors, f.frame, f.small, image, offset_group, tap, count,
+                                  first, pixels, f.tile_pitch, s.tile, f.slabs.pitch, s.corners);
       for (int64_t slab = 0; slab < f.slabs.count; slab++) {
         const int64_t slab_begin = f.slabs.begin(slab), slab_end = f.slabs.end(p, slab);
         for (int64_t c = max(begin, slab_begin); c < min(end, slab_end);) {
@@ -284,7 +285,10 @@ static void depthwise_block(const A *slab, const Steps &steps, int64_t channels,
                             bool accumulate) {
   constexpr int64_t L = Vector<A>::lanes;
   int64_t c = 0;
-#define DCN_BLOCK(V)                                                                            for (; c + V * L <= round_up(channels, L); c += V * L)                                        depthwise_vectors<A, V, special>(slab + c, steps, corners, taps, tile, pixels, weight + c,                                     weight_row, result + c, result_row, accumulate)
+#define DCN_BLOCK(V)                                                                         \
+  for (; c + V * L <= round_up(channels, L); c += V * L)                                     \
+  depthwise_vectors<A, V, special>(slab + c, steps, corners, taps, tile, pixels, weight + c, \
+                                   weight_row, result + c, result_row, accumulate)
   DCN_BLOCK(4);
   DCN_BLOCK(2);
   DCN_BLOCK(1);
@@ -369,8 +373,8 @@ static void forward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, i
     const int64_t image = task / f.pack_tasks, piece = task % f.pack_tasks;
     if (image >= images) return;
     const int64_t slab = piece % f.slabs.count;
-    pack_slab(p, f.slabs, f.frame, call.tensors->input, first_image + image, slab, piece / f.slabs.count,
-              shared.slabs + (image * f.slabs.count + slab) * f.plane);
+    pack_slab(p, f.slabs, f.frame, call.tensors->input, first_image + image, slab,
+              piece / f.slabs.count, shared.slabs + (image * f.slabs.count + slab) * f.plane);
     return;
   }
   const int64_t image = task / f.tiles, first = task % f.tiles * f.tile;
@@ -379,10 +383,11 @@ static void forward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, i
   const A *slabs = shared.slabs + image * f.slabs.count * f.plane;
   const ForwardScratch<A> scratch(f, arena);
   if (is_depthwise(p))
-    forward_depthwise_tile(f, *call.tensors, shared.weight, slabs, first_image + image, first, pixels,
-                           scratch);
+    forward_depthwise_tile(f, *call.tensors, shared.weight, slabs, first_image + image, first,
+                           pixels, scratch);
   else
-    forward_tile(f, *call.tensors, shared.weight, slabs, first_image + image, first, pixels, scratch);
+    forward_tile(f, *call.tensors, shared.weight, slabs, first_image + image, first, pixels,
+                 scratch);
 }
 
 }  // namespace DCN_ISA

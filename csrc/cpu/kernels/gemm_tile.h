@@ -70,8 +70,10 @@ static void gemm_rows(int64_t rows, int64_t depth, const A *a, int64_t lda, cons
     const int64_t count = rows * (part + 1) / parts - first;
     const A *from = a + first * lda;
     A *to = c + first * ldc;
-#define DCN_CASE(M) \
-  case M: gemm_registers<A, M, N>(depth, from, lda, b, ldb, to, ldc, accumulate); break;
+#define DCN_CASE(M)                                                         \
+  case M:                                                                   \
+    gemm_registers<A, M, N>(depth, from, lda, b, ldb, to, ldc, accumulate); \
+    break;
     switch (count) {
       DCN_CASE(1)
       DCN_CASE(2)

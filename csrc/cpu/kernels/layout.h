@@ -74,9 +74,9 @@ static void transpose_rows(const A *from, int64_t rows, int64_t columns, A *to) 
 /* memory[image][begin + c][first + i] -> the frame's pixels, c < count, with the zeros around those
  * rows that begin or end among them. `memory` is a tensor of (N, channels, H, W). */
 template <class A>
-static void pack_frame(const void *memory, const dcn_params &p, const Frame &frame, int64_t channels,
-                       int64_t image, int64_t begin, int64_t count, int64_t first, int64_t pixels,
-                       A *to, int64_t pitch) {
+static void pack_frame(const void *memory, const dcn_params &p, const Frame &frame,
+                       int64_t channels, int64_t image, int64_t begin, int64_t count, int64_t first,
+                       int64_t pixels, A *to, int64_t pitch) {
   constexpr int64_t L = Vector<A>::lanes;
   typedef typename Vector<A>::V V;
   const int64_t plane = plane_in(p);
@@ -214,8 +214,9 @@ template <class A>
 static void write_tile(void *memory, const dcn_params &p, int64_t channels, int64_t plane,
                        int64_t image, int64_t begin, int64_t step, int64_t count, int64_t first,
                        int64_t pixels, const A *tile, int64_t pitch, const void *bias) {
-  write_walked(memory, p, channels, plane, image, begin, step, count, first, pixels, tile,
-               [](int64_t pixel) { return PlainWalk{pixel}; }, pitch, bias);
+  write_walked(
+      memory, p, channels, plane, image, begin, step, count, first, pixels, tile,
+      [](int64_t pixel) { return PlainWalk{pixel}; }, pitch, bias);
 }
 
 /* The same from a frame: pixels first .. of the image lie at their places in it. */
@@ -223,8 +224,9 @@ template <class A>
 static void write_frame(void *memory, const dcn_params &p, const Frame &frame, int64_t image,
                         int64_t begin, int64_t count, int64_t first, int64_t pixels, const A *slab,
                         int64_t pitch) {
-  write_walked(memory, p, p.in_channels, plane_in(p), image, begin, 1, count, first, pixels, slab,
-               [&](int64_t pixel) { return FrameWalk(frame, first + pixel); }, pitch, nullptr);
+  write_walked(
+      memory, p, p.in_channels, plane_in(p), image, begin, 1, count, first, pixels, slab,
+      [&](int64_t pixel) { return FrameWalk(frame, first + pixel); }, pitch, nullptr);
 }
 
 }  // namespace DCN_ISA

@@ -22,8 +22,9 @@ struct Steps {
 
 /* VECTORS of channels, 0: as many as `vectors`; `special`: some mask is not finite. */
 template <class A, int VECTORS, bool special>
-static void sample_vectors(const A *slab, const Steps &steps, const Corners<A> &corners, int64_t row,
-                           int64_t pixels, int64_t vectors, A *columns, int64_t pitch) {
+static void sample_vectors(const A *slab, const Steps &steps, const Corners<A> &corners,
+                           int64_t row, int64_t pixels, int64_t vectors, A *columns,
+                           int64_t pitch) {
   typedef typename Vector<A>::V V;
   constexpr int64_t L = Vector<A>::lanes;
   const int64_t count = VECTORS ? VECTORS : vectors;
@@ -56,14 +57,17 @@ static void sample_taps(const A *slab, const Steps &steps, int64_t channels,
   for (int64_t t = 0; t < taps; t++) {
     A *to = columns + t * channels;
     const int64_t row = t * tile;
-#define DCN_CASE(V) \
-  case V: sample_vectors<A, V, special>(slab, steps, corners, row, pixels, V, to, pitch); break;
+#define DCN_CASE(V)                                                                 \
+  case V:                                                                           \
+    sample_vectors<A, V, special>(slab, steps, corners, row, pixels, V, to, pitch); \
+    break;
     switch (special ? 0 : vectors) {
       DCN_CASE(1)
       DCN_CASE(2)
       DCN_CASE(3)
       DCN_CASE(4)
-      default: sample_vectors<A, 0, special>(slab, steps, corners, row, pixels, vectors, to, pitch);
+      default:
+        sample_vectors<A, 0, special>(slab, steps, corners, row, pixels, vectors, to, pitch);
     }
 #undef DCN_CASE
   }

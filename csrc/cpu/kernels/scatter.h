@@ -161,8 +161,7 @@ static void scatter_depthwise(const Scatter<A> &s, const Steps &steps, const Cor
       const V rest = splat(corners.rest[at]);
       V d00 = V{}, d01 = V{}, d10 = V{}, d11 = V{};
       for (int64_t c = 0; c < s.channels; c += L) { /* the hot loop */
-        const typename Vector<A>::Mask lanes =
-            first_lanes<A>((int)min(L, s.channels - c));
+        const typename Vector<A>::Mask lanes = first_lanes<A>((int)min(L, s.channels - c));
         const V x00 = keep<A>(lanes, load(v00 + c)), x01 = keep<A>(lanes, load(v01 + c));
         const V x10 = keep<A>(lanes, load(v10 + c)), x11 = keep<A>(lanes, load(v11 + c));
         const V g = keep<A>(lanes, load(output + i * output_row + c));

@@ -74,10 +74,14 @@ DCN_INLINE uint16_t to_float16(float f) {
 template <class A>
 DCN_INLINE A read_one(const void *memory, int dtype, int64_t index) {
   switch (dtype) {
-    case DCN_FLOAT32: return (A)((const float *)memory)[index];
-    case DCN_FLOAT64: return (A)((const double *)memory)[index];
-    case DCN_FLOAT16: return (A)from_float16(((const uint16_t *)memory)[index]);
-    default: return (A)from_bfloat16(((const uint16_t *)memory)[index]);
+    case DCN_FLOAT32:
+      return (A)((const float *)memory)[index];
+    case DCN_FLOAT64:
+      return (A)((const double *)memory)[index];
+    case DCN_FLOAT16:
+      return (A)from_float16(((const uint16_t *)memory)[index]);
+    default:
+      return (A)from_bfloat16(((const uint16_t *)memory)[index]);
   }
 }
 

@@ -52,9 +52,7 @@ def forward(problem, input, offset, weight, bias, mask, output, num_threads=None
     _core.forward(problem, threads, input, offset, weight, bias, mask, output)
 
 
-def backward(
-    problem, grad_output, input, offset, weight, mask, grads, num_threads=None
-) -> None:
+def backward(problem, grad_output, input, offset, weight, mask, grads, num_threads=None) -> None:
     """Fill the wanted `grads`; operands as in `dcnlib.backends`."""
     if problem.dtype == "bfloat16":
         grad_output, input, offset, weight, mask = map(

@@ -40,51 +40,58 @@ struct Table {
 
 /* How the chunk's pixels are cut into patches. Rows count over all images: a patch may cover two. */
 struct Patches {
-  int64_t first_row, columns, rows; /* patches across and down */
-  int32_t width, height;            /* of a patch */
+  int64_t first_row, end_row;
+  int64_t across, count;
+  int32_t width, height; /* of a whole patch */
 
   static Patches of(const dcn_params &p, const dcn_cuda_chunk &chunk) {
     Patches patches;
     patches.width = (int32_t)(p.out_w < PATCH_WIDTH ? p.out_w : PATCH_WIDTH);
     patches.height = PIXELS / patches.width;
     patches.first_row = chunk.first / p.out_w;
-    const int64_t last_row = (chunk.first + chunk.count - 1) / p.out_w;
-    patches.columns = (p.out_w + patches.width - 1) / patches.width;
-    patches.rows = (last_row - patches.first_row + patches.height) / patches.height;
+    patches.end_row = (chunk.first + chunk.count - 1) / p.out_w + 1;
+    const int64_t rows = patches.end_row - patches.first_row;
+    patches.across = (p.out_w + patches.width - 1) / patches.width;
+    patches.count = patches.across * ((rows + patches.height - 1) / patches.height);
     return patches;
   }
 };
 
 /* One output pixel of a block's patch. */
 struct Slot {
-  int64_t i; /* pixel of the chunk, -1: none */
+  int64_t i; /* pixel of the chunk, -1: before its first or behind its last */
   int32_t n, oh, ow;
 };
 
-/* The patch's pixels; the slots beyond them are empty. */
-DCN_DEVICE void fill_slots(const dcn_params &p, const dcn_cuda_chunk &chunk, const Patches &patches,
-                           int64_t patch, Slot *slots) {
+/* The patch's pixels, row by row; how many slots there are, a number that all threads get. */
+DCN_DEVICE int fill_slots(const dcn_params &p, const dcn_cuda_chunk &chunk, const Patches &patches,
+                          int64_t patch, Slot *slots) {
+  const int64_t patch_row = patch / patches.across;
+  const int64_t top = patches.first_row + patch_row * patches.height;
+  const int64_t left = (patch - patch_row * patches.across) * patches.width;
+  const int height = (int)least<int64_t>(patches.height, patches.end_row - top);
+  const int width = (int)least<int64_t>(patches.width, p.out_w - left);
   const int j = threadIdx.x;
-  if (j >= PIXELS) return;
-  const int down = j / patches.width, across = j - down * patches.width;
-  const int64_t patch_row = patch / patches.columns;
-  const int64_t row = patches.first_row + patch_row * patches.height + down;
-  const int64_t ow = (patch - patch_row * patches.columns) * patches.width + across;
-  const int64_t i = row * p.out_w + ow - chunk.first;
-  Slot slot;
-  slot.i = down < patches.height && ow < p.out_w && i >= 0 && i < chunk.count ? i : -1;
-  slot.n = (int32_t)(row / p.out_h);
-  slot.oh = (int32_t)(row - slot.n * p.out_h);
-  slot.ow = (int32_t)ow;
-  slots[j] = slot;
+  if (j < width * height) {
+    const int64_t row = top + j / width, ow = left + j % width;
+    const int64_t i = row * p.out_w + ow - chunk.first;
+    Slot slot;
+    slot.i = i >= 0 && i < chunk.count ? i : -1;
+    slot.n = (int32_t)(row / p.out_h);
+    slot.oh = (int32_t)(row - slot.n * p.out_h);
+    slot.ow = (int32_t)ow;
+    slots[j] = slot;
+  }
+  return width * height;
 }
 
-/* samples[t][slot] of taps first .. first + taps - 1; pixels count from the image chunk.image. */
+/* samples[t][slot] of taps first .. first + taps - 1; their pixels count from the image chunk.image. */
 template <class T, class A>
 DCN_DEVICE void fill_samples(const dcn_params &p, const dcn_tensors &t, const dcn_cuda_chunk &chunk,
                              int64_t offset_group, int64_t first, int taps, const Slot *slots,
-                             Sample<A> *samples) {
+                             int pixels, Sample<A> *samples) {
   for (int j = threadIdx.x; j < taps * PIXELS; j += THREADS) {
+    if (j % PIXELS >= pixels) continue;
     const Slot slot = slots[j % PIXELS];
     if (slot.i < 0) continue;
     const Pixel o = {slot.n, slot.oh, slot.ow};
@@ -143,28 +150,30 @@ __global__ void __launch_bounds__(THREADS)
   const int lane = threadIdx.x & (lanes - 1), worker = threadIdx.x / lanes, workers = THREADS / lanes;
   const int64_t right = p.in_channels, down = p.in_w * right, taps = taps_of(p);
   const int64_t piece = taps * group_in(p), row = chunk.pieces * piece;
-  const int64_t vectors = offset_group_in(p) / V, per_group = patches.columns * patches.rows;
+  const int64_t vectors = offset_group_in(p) / V;
   for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
-    const int64_t offset_group = unit / per_group;
-    __syncthreads(); /* the last unit's samples have been read */
-    fill_slots(p, chunk, patches, unit - offset_group * per_group, slots);
+    const int64_t offset_group = unit / patches.count;
+    __syncthreads(); /* the last unit's slots and samples have been read */
+    const int pixels = fill_slots(p, chunk, patches, unit - offset_group * patches.count, slots);
     for (int64_t tap = 0; tap < taps; tap += TAPS) {
       const int held = (int)least<int64_t>(TAPS, taps - tap);
       __syncthreads(); /* slots are filled, the last taps' samples have been read */
-      fill_samples<T>(p, t, chunk, offset_group, tap, held, slots, samples);
+      fill_samples<T>(p, t, chunk, offset_group, tap, held, slots, pixels, samples);
       __syncthreads();
       for (int64_t v = lane; v < vectors; v += lanes) {
         const int64_t c = offset_group * offset_group_in(p) + v * V, group = group_of(p, c);
         T *to = columns + group * chunk.count * row + tap * group_in(p) + (c - group * group_in(p));
-        for (int j = worker; j < held * PIXELS; j += workers) { /* the hot loop */
-          const int64_t i = slots[j % PIXELS].i;
-          if (i < 0) continue;
-          const Sample<A> s = samples[j];
-          const Quad<A> w = weights(s.ly, s.lx);
-          const Corners<T> from(input, s.pixel * right + c, right, down, s.value_corners());
-          A values[V];
-          for (int k = 0; k < V; k++) values[k] = s.mask * weighted(w, from.channel(k));
-          write_columns(to + i * row + j / PIXELS * group_in(p), piece, chunk.pieces, values);
+        for (int h = 0; h < held; h++, to += group_in(p)) {
+          for (int j = worker; j < pixels; j += workers) { /* the hot loop */
+            const int64_t i = slots[j].i;
+            if (i < 0) continue;
+            const Sample<A> s = samples[h * PIXELS + j];
+            const Quad<A> w = weights(s.ly, s.lx);
+            const Corners<T> from(input, s.pixel * right + c, right, down, s.value_corners());
+            A values[V];
+            for (int k = 0; k < V; k++) values[k] = s.mask * weighted(w, from.channel(k));
+            write_columns(to + i * row, piece, chunk.pieces, values);
+          }
         }
       }
     }
@@ -195,25 +204,25 @@ __global__ void __launch_bounds__(THREADS)
   const int lane = threadIdx.x & (lanes - 1), worker = threadIdx.x / lanes, workers = THREADS / lanes;
   const int64_t right = p.in_channels, down = p.in_w * right, taps = taps_of(p);
   const int64_t row = taps * group_in(p);
-  const int64_t vectors = offset_group_in(p) / V, per_group = patches.columns * patches.rows;
+  const int64_t vectors = offset_group_in(p) / V;
   for (int64_t unit = blockIdx.x; unit < units; unit += gridDim.x) {
-    const int64_t offset_group = unit / per_group;
-    __syncthreads(); /* the last unit's samples have been read */
-    fill_slots(p, chunk, patches, unit - offset_group * per_group, slots);
+    const int64_t offset_group = unit / patches.count;
+    __syncthreads(); /* the last unit's slots and samples have been read */
+    const int pixels = fill_slots(p, chunk, patches, unit - offset_group * patches.count, slots);
     for (int64_t first = 0; first < taps; first += TAPS) {
       const int held = (int)least<int64_t>(TAPS, taps - first);
       __syncthreads(); /* slots are filled, the last taps' samples have been read */
-      fill_samples<T>(p, t, chunk, offset_group, first, held, slots, samples);
+      fill_samples<T>(p, t, chunk, offset_group, first, held, slots, pixels, samples);
       __syncthreads();
+      const int steps = (pixels + workers - 1) / workers;
       /* All threads of a warp make the same number of steps: they meet in the shuffles. */
-      for (int base = 0; base < held * PIXELS; base += workers) {
-        const int j = base + worker;
-        const int64_t i = j < held * PIXELS ? slots[j % PIXELS].i : -1;
-        const int64_t tap = first + j / PIXELS;
+      for (int step = 0; step < held * steps; step++) {
+        const int h = step / steps, j = (step - h * steps) * workers + worker;
+        const int64_t i = j < pixels ? slots[j].i : -1, tap = first + h;
         Sample<A> s = {};
         Quad<A> d = {};
         if (i >= 0) {
-          s = samples[j];
+          s = samples[h * PIXELS + j];
           const Quad<A> w = weights(s.ly, s.lx);
           const int32_t reached = s.value_corners();
           const bool value = (s.bits & HAS_VALUE) != 0 || s.is_nan();
@@ -247,10 +256,10 @@ __global__ void __launch_bounds__(THREADS)
           }
         }
         for (int q = 0; q < 4; q++)
-          for (int step = lanes / 2; step > 0; step /= 2)
-            d.at[q] += __shfl_xor_sync(0xffffffffu, d.at[q], step);
+          for (int apart = lanes / 2; apart > 0; apart /= 2)
+            d.at[q] += __shfl_xor_sync(0xffffffffu, d.at[q], apart);
         if (i >= 0 && lane == 0) {
-          const Slot slot = slots[j % PIXELS];
+          const Slot slot = slots[j];
           write_gradients<T>(p, t, s, d, {slot.n, slot.oh, slot.ow}, offset_group, tap);
         }
       }
@@ -265,7 +274,7 @@ struct RowsSample {
   static void launch(const dcn_cuda_launch &where, const dcn_params *p, const dcn_tensors *t,
                      const dcn_cuda_chunk *chunk, void *columns) {
     const Patches patches = Patches::of(*p, *chunk);
-    const int64_t units = p->offset_groups * patches.columns * patches.rows;
+    const int64_t units = p->offset_groups * patches.count;
     const int lanes = power_of_two(offset_group_in(*p) / Pack<T>::size, NEAR);
     DCN_LAUNCH(rows_sample<T>, blocks_for(units * THREADS, where), THREADS, where.stream, *p, *t,
                *chunk, patches, units, lanes, (T *)columns);
@@ -279,7 +288,7 @@ struct RowsBackward {
                      void *grad_input) {
     typedef typename Storage<T>::A A;
     const Patches patches = Patches::of(*p, *chunk);
-    const int64_t units = p->offset_groups * patches.columns * patches.rows;
+    const int64_t units = p->offset_groups * patches.count;
     const int lanes = power_of_two(offset_group_in(*p) / Pack<T>::size, WARP);
     DCN_LAUNCH(rows_backward<T>, blocks_for(units * THREADS, where), THREADS, where.stream, *p, *t,
                *chunk, patches, units, lanes, (const A *)grad_columns, (T *)columns,

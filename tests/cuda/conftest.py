@@ -17,7 +17,7 @@ from dcnlib.backends import cuda  # noqa: E402
 from dcnlib.testing import Call  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent / "emulation"))
-import build  # noqa: E402
+import emulate  # noqa: E402
 
 #: What decides which emulated thread runs next, by the numbers of emulation.cpp.
 SCHEDULES = {"round": 0, "up": 1, "down": 2, "random": 3, "preempt": 4}
@@ -89,7 +89,7 @@ class Emulation:
 @pytest.fixture(scope="session")
 def emulation_path() -> Path:
     """The compiled emulation, in its default place."""
-    return build.build(build.default_target())
+    return emulate.build(emulate.default_target())
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def core(emulate: bool) -> ModuleType | str:
     if emulate:
         path = Path(__file__).with_name("_emulated.so")
         if not path.exists():
-            return "DCNLIB_CUDA_EMULATE=1, but there is no emulation; run tests/cuda/emulation/build.py"
+            return "DCNLIB_CUDA_EMULATE=1, but there is no emulation; run tests/cuda/emulation/emulate.py"
         loader = importlib.machinery.ExtensionFileLoader(f"{__package__}._core", str(path))
         spec = importlib.util.spec_from_loader(loader.name, loader)
         module = importlib.util.module_from_spec(spec)

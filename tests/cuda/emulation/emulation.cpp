@@ -118,6 +118,7 @@ struct Block {
   const Launch *launch;
   std::vector<Fibre> fibres;
   std::vector<Array> arrays;
+  uint64_t ready[MOST_THREADS / 64]; /* a bit for each fibre that is READY */
   int64_t current, done;
   bool failed;
 } block;
@@ -142,6 +143,15 @@ const void *main_bottom;
 size_t main_size;
 void *main_fake;
 #endif
+
+void set_state(int64_t index, State state) {
+  const uint64_t bit = 1ull << index % 64;
+  block.fibres[index].state = state;
+  if (state == READY)
+    block.ready[index / 64] |= bit;
+  else
+    block.ready[index / 64] &= ~bit;
+}
 
 void to_scheduler(bool finished) {
 #if defined(__SANITIZE_ADDRESS__)
@@ -169,7 +179,7 @@ void to_fibre(int64_t index) {
 }
 
 void yield(State state) {
-  block.fibres[block.current].state = state;
+  set_state(block.current, state);
   to_scheduler(false);
 }
 
@@ -178,27 +188,36 @@ void fibre_main() {
   __sanitizer_finish_switch_fiber(nullptr, &main_bottom, &main_size);
 #endif
   block.launch->run(block.launch->body);
-  block.fibres[block.current].state = DONE;
+  set_state(block.current, DONE);
   block.done++;
   to_scheduler(true);
   abort(); /* nobody resumes a thread that is done */
 }
 
+/* The first ready thread from `start` on, -1 if there is none. */
+int64_t ready_from(int64_t start) {
+  for (int64_t word = start / 64; word < MOST_THREADS / 64; word++) {
+    const uint64_t bits = block.ready[word] & (word == start / 64 ? ~0ull << start % 64 : ~0ull);
+    if (bits) return word * 64 + __builtin_ctzll(bits);
+  }
+  return -1;
+}
+
 /* The thread to run next, -1 if none can. */
 int64_t choose() {
   const int64_t n = (int64_t)block.fibres.size();
-  int64_t start = 0, step = 1;
+  int64_t start = 0;
   switch (schedule) {
-    case ROUND: start = block.current + 1; break;
     case UP: break;
-    case DOWN: start = n - 1, step = -1; break;
+    case DOWN:
+      for (int64_t word = MOST_THREADS / 64 - 1; word >= 0; word--)
+        if (block.ready[word]) return word * 64 + 63 - __builtin_clzll(block.ready[word]);
+      return -1;
+    case ROUND: start = (block.current + 1) % n; break;
     default: start = (int64_t)(random_number() % (uint64_t)n);
   }
-  for (int64_t i = 0; i < n; i++) {
-    const int64_t index = ((start + i * step) % n + n) % n;
-    if (block.fibres[index].state == READY) return index;
-  }
-  return -1;
+  const int64_t found = ready_from(start);
+  return found < 0 ? ready_from(0) : found;
 }
 
 int64_t count(int64_t first, int64_t end, State state) {
@@ -212,7 +231,7 @@ bool release() {
   const int64_t n = (int64_t)block.fibres.size();
   const int64_t waiting = count(0, n, AT_BARRIER);
   if (waiting == n) {
-    for (auto &fibre : block.fibres) fibre.state = READY;
+    for (int64_t i = 0; i < n; i++) set_state(i, READY);
     return true;
   }
   if (waiting && waiting + block.done == n)
@@ -247,8 +266,11 @@ void run_fibres() {
   __asan_unpoison_memory_region(stacks, STACK * (size_t)n); /* abandoned frames of the last block */
 #endif
   block.fibres.assign((size_t)n, Fibre{});
-  for (int64_t i = 0; i < n; i++)
+  memset(block.ready, 0, sizeof(block.ready));
+  for (int64_t i = 0; i < n; i++) {
     start_context(&block.fibres[i].context, stacks + i * STACK, fibre_main);
+    set_state(i, READY);
+  }
   block.current = n - 1;
   block.done = 0;
   while (!block.failed && block.done < n) {
@@ -351,7 +373,7 @@ void exchange(const void *mine, void *other, size_t bytes, int xor_lane) {
       /* Each thread reads its answer where it offered: an in-place exchange. */
       memcpy(const_cast<void *>(block.fibres[i].offered), values[from], bytes);
     }
-    for (int64_t i = first; i < end; i++) block.fibres[i].state = READY;
+    for (int64_t i = first; i < end; i++) set_state(i, READY);
     to_scheduler(false);
   } else {
     yield(AT_EXCHANGE);

@@ -1,6 +1,6 @@
 """Builds the CUDA backend for the CPU: csrc/cuda and its Cython module against the headers here.
 
-    python tests/cuda/emulation/build.py                          -> dcnlib/backends/cuda/_emulated.so
+    python tests/cuda/emulation/emulate.py                          -> dcnlib/backends/cuda/_emulated.so
     DCNLIB_CUDA_EMULATE=1 python -c "..."                         backend="cuda" takes CPU tensors
 
 Never part of a wheel. `build` compiles only what has changed.

@@ -89,7 +89,7 @@ class Emulation:
 @pytest.fixture(scope="session")
 def emulation_path() -> Path:
     """The compiled emulation, in its default place."""
-    return emulate.build(emulate.default_target())
+    return emulate.module(emulate.default_target())
 
 
 @pytest.fixture

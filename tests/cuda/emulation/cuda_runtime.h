@@ -105,7 +105,8 @@ static inline float4 atomicAdd(float4 *to, float4 value) {
 }
 
 typedef int cudaError_t;
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9,
+enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2,
+       cudaErrorInvalidConfiguration = 9,
        cudaErrorInvalidDevice = 101, cudaErrorLaunchFailure = 719 };
 
 struct cudaDeviceProp {
@@ -113,6 +114,18 @@ struct cudaDeviceProp {
   int major, minor, multiProcessorCount;
   size_t totalGlobalMem;
 };
+
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
+cudaError_t cudaMalloc(void **memory, size_t bytes);
+cudaError_t cudaFree(void *memory);
+static inline cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, cudaMemcpyKind) {
+  memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+static inline cudaError_t cudaMemset(void *to, int value, size_t bytes) {
+  memset(to, value, bytes);
+  return cudaSuccess;
+}
 
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int *device);

@@ -1,9 +1,10 @@
-"""Builds the CUDA backend for the CPU: csrc/cuda and its Cython module against the headers here.
+"""Builds the CUDA backend for the CPU: csrc/cuda against the headers of this folder.
 
-    python tests/cuda/emulation/emulate.py                          -> dcnlib/backends/cuda/_emulated.so
-    DCNLIB_CUDA_EMULATE=1 python -c "..."                         backend="cuda" takes CPU tensors
+    python tests/cuda/emulation/emulate.py               -> dcnlib/backends/cuda/_emulated.so
+    DCNLIB_CUDA_EMULATE=1 python -c "..."                backend="cuda" takes CPU tensors
 
-Never part of a wheel. `build` compiles only what has changed.
+`module` builds the Cython module, `selftest` the program of tools/gpu; both compile only what has
+changed. Never part of a wheel.
 """
 
 from __future__ import annotations
@@ -14,21 +15,23 @@ import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
+BUILD = ROOT / "build/emulation"
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+EMULATION = HERE / "emulation.cpp"
+SELFTEST = ROOT / "tools/gpu/selftest.cu"
 FLAGS = [
-    "-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
+    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
     "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-psabi",
     '-DDCN_CUDA_ARCHS="emulation"', f"-I{HERE}", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'csrc'}",
 ]  # fmt: skip
-SANITIZE = [
-    "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined,float-cast-overflow",
-]  # fmt: skip
+SANITIZE = ["-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined,float-cast-overflow"]
 
 
 def default_target() -> Path:
@@ -38,52 +41,81 @@ def default_target() -> Path:
     return package / "backends/cuda/_emulated.so"
 
 
-def build(target: Path, extra: Sequence[str] = (), folder: Path | None = None) -> Path:
-    """Compile and link `target` unless it is what the sources give; `extra` are more flags."""
-    folder = folder or ROOT / "build/emulation"
-    digest = fingerprint(extra)
-    stamp = folder / f"{digest}.so"
-    if not stamp.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        objects = compile_all(folder / digest, extra)
-        subprocess.run(["g++", "-shared", *extra, *map(str, objects), "-o", f"{stamp}.part"], check=True)
-        os.replace(f"{stamp}.part", stamp)
-    if not target.exists() or target.read_bytes() != stamp.read_bytes():
-        target.write_bytes(stamp.read_bytes())
+def module(target: Path) -> Path:
+    """The Cython module over the emulated kernels, at `target`."""
+    source = BUILD / "_core.cpp"
+    pyx = ROOT / "csrc/cuda/_core.pyx"
+    newest = max(path.stat().st_mtime for path in (pyx, *ROOT.glob("csrc/**/*.pxd")))
+    if not source.exists() or source.stat().st_mtime < newest:
+        BUILD.mkdir(parents=True, exist_ok=True)
+        include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}"]
+        command = [sys.executable, "-m", "cython", "-3", "--cplus", *include, str(pyx)]
+        subprocess.run([*command, "-o", str(source)], check=True)
+    python = ["-w", "-O0", f"-I{sysconfig.get_path('include')}"]
+    objects = _compile(
+        [*((kernel, ["-O1"]) for kernel in KERNELS), (EMULATION, ["-O2"]), (source, python)]
+    )
+    built = _link(objects, ["-shared"])
+    if not target.exists() or target.read_bytes() != built.read_bytes():
+        target.write_bytes(built.read_bytes())
     return target
 
 
-def fingerprint(extra: Sequence[str]) -> str:
-    """A hash of all that the result depends on."""
-    digest = hashlib.sha256(repr((FLAGS, list(extra), sys.version)).encode())
-    for path in sorted([*ROOT.glob("csrc/**/*"), *HERE.glob("*")]):
-        if path.is_file():
-            digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def selftest(extra: Sequence[str], planted: Mapping[str, str] | None = None) -> Path:
+    """tools/gpu/selftest.cu as a program, compiled with `extra` flags.
+
+    `planted` has other texts for some files of csrc/cuda, by name.
+    """
+    planted = planted or {}
+    sources = []
+    for kernel in KERNELS:
+        if kernel.name in planted:
+            text = planted[kernel.name]
+            kernel = BUILD / "planted" / hashlib.sha256(text.encode()).hexdigest()[:16] / kernel.name
+            kernel.parent.mkdir(parents=True, exist_ok=True)
+            kernel.write_text(text.replace('#include "../', f'#include "{ROOT}/csrc/'))
+        sources.append(kernel)
+    objects = _compile([(source, list(extra)) for source in (*sources, SELFTEST, EMULATION)])
+    return _link(objects, [flag for flag in extra if flag.startswith("-fsanitize")])
 
 
-def compile_all(folder: Path, extra: Sequence[str]) -> list[Path]:
-    """Object files of kernels, emulation and Cython module."""
-    folder.mkdir(parents=True, exist_ok=True)
-    module = folder / "_core.cpp"
-    subprocess.run(
-        [sys.executable, "-m", "cython", "-3", "--cplus", f"-I{ROOT / 'csrc'}",
-         f"-I{ROOT / 'csrc/cuda'}", str(ROOT / "csrc/cuda/_core.pyx"), "-o", str(module)],
-        check=True,
-    )  # fmt: skip
-    python = ["-w", "-O0", f"-I{sysconfig.get_path('include')}"]
-    jobs = [(source, ["-x", "c++", *FLAGS, *extra]) for source in KERNELS]
-    jobs += [(HERE / "emulation.cpp", [*FLAGS, "-O2", *extra]), (module, [*FLAGS, *python])]
+def _compile(jobs: Sequence[tuple[Path, list[str]]]) -> list[Path]:
+    """Object files of (source, flags), named after all that they depend on."""
+    BUILD.mkdir(parents=True, exist_ok=True)
 
     def compile_one(job: tuple[Path, list[str]]) -> Path:
         source, flags = job
-        target = folder / f"{source.stem}.o"
-        subprocess.run(["g++", *flags, "-c", str(source), "-o", str(target)], check=True)
+        command = ["g++", *(["-x", "c++"] if source.suffix == ".cu" else []), *FLAGS, *flags]
+        digest = hashlib.sha256(repr((command, _headers())).encode() + source.read_bytes())
+        target = BUILD / f"{source.stem}-{digest.hexdigest()[:16]}.o"
+        if not target.exists():
+            part = f"{target}.{os.getpid()}"
+            subprocess.run([*command, "-c", str(source), "-o", part], check=True)
+            os.replace(part, target)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compile_one, jobs))
 
 
+def _link(objects: Sequence[Path], flags: Sequence[str]) -> Path:
+    digest = hashlib.sha256(repr((flags, objects)).encode()).hexdigest()[:16]
+    target = BUILD / f"linked-{digest}"
+    if not target.exists():
+        part = f"{target}.{os.getpid()}"
+        subprocess.run(["g++", *flags, *map(str, objects), "-o", part], check=True)
+        os.replace(part, target)
+    return target
+
+
+@cache
+def _headers() -> str:
+    """A hash of every header that a source may include."""
+    digest = hashlib.sha256()
+    for path in sorted([*ROOT.glob("csrc/**/*.h"), *HERE.glob("*.h")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 if __name__ == "__main__":
-    print(build(default_target()))
+    print(module(default_target()))

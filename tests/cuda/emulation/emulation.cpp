@@ -38,7 +38,7 @@ constexpr size_t STACK = 64 << 10;
 constexpr int64_t MOST_THREADS = 1024, MOST_BLOCKS = (1LL << 31) - 1, MOST_SHARED = 48 << 10;
 constexpr int WARP = 32;
 constexpr unsigned char CANARY = 0xCA;
-constexpr size_t GUARD = 64; /* canary bytes behind a shared array */
+constexpr size_t GUARD = 1024; /* canary bytes behind a shared array */
 
 enum Schedule { ROUND, UP, DOWN, RANDOM, PREEMPT };
 Schedule schedule = ROUND;
@@ -396,6 +396,31 @@ __attribute__((visibility("default"))) void dcn_emulation_schedule(int order, ui
 }
 }
 
+/* To the byte, where a sanitizer sees what lies behind; what is huge is only reserved. */
+static std::vector<std::pair<void *, size_t>> reserved;
+cudaError_t cudaMalloc(void **memory, size_t bytes) {
+  if (bytes < 1u << 28) {
+    *memory = malloc(bytes);
+  } else {
+    *memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (*memory == MAP_FAILED) *memory = nullptr;
+    reserved.emplace_back(*memory, bytes);
+  }
+  return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+cudaError_t cudaFree(void *memory) {
+  for (auto &block : reserved)
+    if (block.first == memory) {
+      munmap(memory, block.second);
+      std::swap(block, reserved.back());
+      reserved.pop_back();
+      return cudaSuccess;
+    }
+  free(memory);
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetLastError() {
   const cudaError_t error = emulation::last_error;
   emulation::last_error = cudaSuccess;
@@ -427,6 +452,7 @@ const char *cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess: return "no error";
     case cudaErrorInvalidValue: return "invalid argument";
+    case cudaErrorMemoryAllocation: return "out of memory";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     case cudaErrorInvalidDevice: return "invalid device ordinal";
     default: return "unspecified launch failure";

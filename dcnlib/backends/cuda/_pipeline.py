@@ -305,6 +305,8 @@ def _tensor(operand: Any) -> Tensor | None:
     """A tensor; the emulation takes NumPy arrays too, bfloat16 by its bits."""
     if operand is None or isinstance(operand, Tensor):
         return operand
+    if not operand.flags.writeable:  # torch has no tensors that are
+        operand = operand.copy()
     if operand.dtype.name == "bfloat16":
         return torch.from_numpy(operand.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(operand)

@@ -55,6 +55,9 @@ def _forward(
     bias = _dense(FORWARD, "bias", bias)
     mask = _dense(FORWARD, "mask", mask)
     output = new_output(call, input)
+    if chosen.name == "cuda":  # it takes tensors: torch multiplies its matrices
+        chosen.forward(call, input, offset, weight, bias, mask, output)
+        return output
     chosen.forward(
         call,
         input.data_ptr(),
@@ -63,7 +66,7 @@ def _forward(
         None if bias is None else bias.data_ptr(),
         None if mask is None else mask.data_ptr(),
         output.data_ptr(),
-        **_where(input),
+        num_threads=_config.num_threads(torch.get_num_threads()),
     )
     return output
 
@@ -89,7 +92,10 @@ def _backward(
     weight = _dense(BACKWARD, "weight", weight)
     mask = _dense(BACKWARD, "mask", mask)
     grads = new_gradients(call, input, output_mask)
-    if any(output_mask):
+    if chosen.name == "cuda":
+        asked = [g if w else None for g, w in zip(grads, output_mask, strict=True)]
+        chosen.backward(call, grad_output, input, offset, weight, mask, asked)
+    elif any(output_mask):
         chosen.backward(
             call,
             grad_output.data_ptr(),
@@ -98,17 +104,9 @@ def _backward(
             weight.data_ptr(),
             None if mask is None else mask.data_ptr(),
             [g.data_ptr() if is_wanted else None for g, is_wanted in zip(grads, output_mask)],
-            **_where(input),
+            num_threads=_config.num_threads(torch.get_num_threads()),
         )
     return grads
-
-
-def _where(tensor: Tensor) -> dict[str, int]:
-    """Where a backend runs: on so many threads, or on a device's current stream."""
-    if tensor.is_cuda:
-        device = tensor.get_device()
-        return {"device": device, "stream": torch.cuda.current_stream(device).cuda_stream}
-    return {"num_threads": _config.num_threads(torch.get_num_threads())}
 
 
 def _dense(

@@ -85,7 +85,7 @@ DCN_DEVICE Pack<T> load16(const T *from) {
 }
 template <class T>
 DCN_DEVICE void store16(T *to, const Pack<T> &pack) {
-  *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(&pack);
+  __stwb(reinterpret_cast<uint4 *>(to), *reinterpret_cast<const uint4 *>(&pack));
 }
 
 /* to[i] += v[i] over 16 bytes; any number of threads may add to the same place. */

@@ -92,6 +92,12 @@ static inline N __ldg(const N *from) {
 }
 
 template <class N>
+static inline void __stwb(N *to, N value) {
+  emulation::access(to, alignof(N));
+  memcpy(static_cast<void *>(to), &value, sizeof(N));
+}
+
+template <class N>
 static inline N atomicAdd(N *to, N value) {
   const N old = *to;
   *to = old + value;

@@ -1,8 +1,12 @@
-"""Builds the compiled parts: a Cython module, and the kernels once for each instruction set.
+"""Builds the compiled parts: a Cython module and the kernels for CPUs, the same for CUDA.
 
 Everything else about the package is in pyproject.toml. Switches (environment variables):
 
 DCNLIB_OPENMP=auto|1|0   0 builds single-threaded, 1 fails if there is no OpenMP (default auto)
+DCNLIB_CUDA=auto|1|0     0 builds no CUDA module, 1 fails if it cannot be built (default auto)
+DCNLIB_CUDA_ARCHS        its architectures, "80 90+ptx": machine code for both, PTX of the last; "all";
+                         default: those of the GPUs that are here, "90+ptx" where there are none
+CUDACXX, CUDA_HOME, CUDA_PATH   where nvcc is, if not on the PATH, in /usr/local/cuda or from pip
 DCNLIB_WERROR=1          compiler warnings are errors
 """
 
@@ -12,6 +16,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -47,6 +53,13 @@ if X86:
         *AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512",
     ]  # fmt: skip
 
+#: Of every .cu file. A multiply and an add become one instruction, as on the CPU.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+#: Everything that CUDA 13 knows as a product of its own; PTX for what comes later.
+ALL_ARCHS = "75 80 86 89 90 100 120+ptx"
+CUDA_MODULE = "dcnlib.backends.cuda._core"
+CUDA_NOTE = "dcnlib/backends/cuda/not_built.txt"  # what the backend gives as its reason
+
 NO_COMPILER = """
 dcnlib: no working C++ compiler: {reason}
 dcnlib needs one to build its kernels, GCC or Clang. On Debian and Ubuntu:
@@ -55,7 +68,23 @@ dcnlib needs one to build its kernels, GCC or Clang. On Debian and Ubuntu:
 
 
 class BuildExt(build_ext):
-    """build_ext with an object file for each instruction set and OpenMP where there is one."""
+    """build_ext with an object file for each instruction set, OpenMP and CUDA where there are any."""
+
+    def run(self) -> None:
+        self.cuda_objects: list[str] = []
+        reason = self.build_cuda()
+        if reason:
+            self.extensions = [ext for ext in self.extensions if ext.name != CUDA_MODULE]
+        folders = [Path(self.build_lib)]
+        if self.inplace or getattr(self, "editable_mode", False):
+            folders.append(ROOT)
+        for folder in folders:
+            note = folder / CUDA_NOTE
+            note.unlink(missing_ok=True)
+            if reason:
+                note.parent.mkdir(parents=True, exist_ok=True)
+                note.write_text(f"{reason}\n")
+        super().run()
 
     def build_extensions(self) -> None:
         self.openmp = self.find_openmp()
@@ -66,14 +95,37 @@ class BuildExt(build_ext):
         flags = list(CXX_FLAGS)
         if os.environ.get("DCNLIB_WERROR") == "1":
             flags.append("-Werror")
-        ext.extra_compile_args = [*flags, "-Wno-unused-function", *self.openmp]
-        ext.extra_link_args = [*self.openmp, "-Wl,-z,relro,-z,now,-z,noexecstack", "-Wl,-s"]
-        ext.extra_objects = self.kernel_objects(flags)
+        ext.extra_compile_args = [*flags, "-Wno-unused-function"]
+        ext.extra_link_args = ["-Wl,-z,relro,-z,now,-z,noexecstack", "-Wl,-s"]
+        if ext.name == CUDA_MODULE:
+            ext.extra_objects = self.cuda_objects
+            ext.libraries = ["rt", "pthread", "dl"]  # of the static CUDA runtime
+        else:
+            ext.extra_compile_args += self.openmp
+            ext.extra_link_args += self.openmp
+            ext.extra_objects = self.kernel_objects(flags)
         super().build_extension(ext)
+
+    def build_cuda(self) -> str:
+        """Compile csrc/cuda/*.cu; why there is no CUDA module, "" if there is one."""
+        wanted = os.environ.get("DCNLIB_CUDA", "auto")
+        if wanted == "0":
+            return "DCNLIB_CUDA=0 when it was built"
+        try:
+            nvcc, library = find_toolkit()
+            archs = cuda_archs()
+            self.cuda_objects = [*cuda_objects(nvcc, archs, Path(self.build_temp)), library]
+        except CudaMissing as missing:
+            if wanted == "1":
+                sys.exit(f"dcnlib: DCNLIB_CUDA=1, but {missing}")
+            print(f"dcnlib: no CUDA backend: {missing}. The CPU backend is complete without it.")
+            return str(missing)
+        print(f"dcnlib: CUDA backend for {archs}, by {nvcc}")
+        return ""
 
     def kernel_objects(self, flags: list[str]) -> list[str]:
         """Compile csrc/cpu/kernels/<isa>.cpp, all at once; every object exports one symbol."""
-        headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.inc")]
+        headers = [path for path in cpu_sources() if path.suffix in (".h", ".inc")]
         newest = max(path.stat().st_mtime for path in headers)
 
         def compile_one(isa: str) -> str:
@@ -136,18 +188,134 @@ class BuildExt(build_ext):
         return changed
 
 
+def cpu_sources() -> list[Path]:
+    """Everything that the CPU module is made of."""
+    return [path for path in [*ROOT.glob("csrc/*"), *ROOT.glob("csrc/cpu/**/*")] if path.is_file()]
+
+
+class CudaMissing(Exception):
+    """The reason why there is no CUDA module."""
+
+
+def find_toolkit() -> tuple[str, str]:
+    """nvcc, of a toolkit that can link a program, and its libcudart_static.a."""
+    environment = os.environ
+    named = [environment.get("CUDACXX"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    for position, name in enumerate(("CUDA_HOME", "CUDA_PATH"), 1):
+        root = environment.get(name)
+        named.insert(position, root and f"{root}/bin/nvcc")
+    packages = [Path(folder) / "nvidia" for folder in sys.path if folder]
+    candidates = [Path(path) for path in named if path]
+    candidates += [path for folder in packages for path in sorted(folder.glob("cu1*/bin/nvcc"))]
+    reason = (
+        "no nvcc was found (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, pip); "
+        'python -m pip install "cuda-toolkit[nvcc,cudart,cccl]==13.0.*" brings one'
+    )
+    for nvcc in candidates:
+        if not nvcc.exists():
+            continue
+        libraries = [*nvcc.parents[1].glob("lib*/libcudart_static.a"),
+                     *nvcc.parents[1].glob("targets/*/lib/libcudart_static.a")]  # fmt: skip
+        if not libraries:
+            reason = f"{nvcc} has no libcudart_static.a beside it"
+            continue
+        failure = try_nvcc(nvcc, libraries[0])
+        if not failure:
+            return str(nvcc), str(libraries[0])
+        reason = f"{nvcc} does not work: {failure}"
+    raise CudaMissing(reason)
+
+
+def try_nvcc(nvcc: Path, library: Path) -> str:
+    """The first line of what it says against a small program, "" if nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cu"
+        source.write_text(
+            "#include <cuda_bf16.h>\n__global__ void f(float *x) { *x = 1; }\n"
+            "int main() { f<<<1, 1>>>(nullptr); return cudaGetLastError(); }\n"
+        )
+        command = [str(nvcc), *NVCC_FLAGS, *gencode(cuda_archs()), str(source),
+                   "-L", str(library.parent), "-o", f"{folder}/probe"]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
+    return lines[0] if done.returncode else ""
+
+
+def cuda_archs() -> str:
+    """What to build for, as DCNLIB_CUDA_ARCHS has it."""
+    wanted = os.environ.get("DCNLIB_CUDA_ARCHS", "").replace(";", " ").replace(",", " ").lower()
+    if wanted.strip() == "all":
+        return ALL_ARCHS
+    if not wanted.strip():
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        try:
+            found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            found = ""
+        return " ".join(sorted({line.replace(".", "") for line in found.split()})) or "90+ptx"
+    archs = [arch.replace(".", "") for arch in wanted.split()]
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}(\+ptx)?", arch):
+            raise CudaMissing(f"DCNLIB_CUDA_ARCHS has {arch!r}; expected numbers as in 80 90+ptx")
+    return " ".join(archs)
+
+
+def gencode(archs: str) -> list[str]:
+    """nvcc's flags for architectures; many are compressed, at no cost but a moment at load time."""
+    flags = []
+    for arch in archs.split():
+        number, _, ptx = arch.partition("+")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if ptx:
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
+
+
+def cuda_objects(nvcc: str, archs: str, folder: Path) -> list[str]:
+    """Compile csrc/cuda/*.cu, all at once, into a folder for these flags."""
+    command = [nvcc, *NVCC_FLAGS, *gencode(archs), f'-DDCN_CUDA_ARCHS="{archs}"']
+    if len(archs.split()) > 2:
+        command.append("-Xfatbin=-compress-all")
+    folder = folder / f"cuda-{hashlib.sha256(repr(command).encode()).hexdigest()[:8]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    headers = [*ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.h")]
+    newest = max(path.stat().st_mtime for path in headers)
+
+    def compile_one(source: Path) -> str:
+        target = folder / f"{source.stem}.o"
+        if not target.exists() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
+            done = subprocess.run(
+                [*command, "-c", str(source), "-o", str(target)], capture_output=True, text=True
+            )
+            print(done.stdout, done.stderr, sep="", end="")
+            if done.returncode:
+                error = re.search(r".*\berror\b.*", done.stderr) or [f"status {done.returncode}"]
+                raise CudaMissing(f"nvcc failed on {source.name}: {error[0].strip()}")
+        return str(target)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sorted(ROOT.glob("csrc/cuda/*.cu"))))
+
+
 CPU = Extension(
     "dcnlib.backends.cpu._core",
     ["csrc/cpu/_core.pyx", "csrc/cpu/dispatch.cpp", "csrc/cpu/threads.cpp"],
     include_dirs=["csrc", "csrc/cpu"],
-    depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file()],
+    depends=[str(path.relative_to(ROOT)) for path in cpu_sources()],
+    language="c++",
+)
+CUDA = Extension(
+    CUDA_MODULE,
+    ["csrc/cuda/_core.pyx"],
+    include_dirs=["csrc", "csrc/cuda"],
+    depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*")],
     language="c++",
 )
 
 setup(
     ext_modules=cythonize(
-        [CPU],
-        include_path=["csrc/cpu"],
+        [CPU, CUDA],
+        include_path=["csrc", "csrc/cpu", "csrc/cuda"],
         build_dir="build/cython",
         compiler_directives={"language_level": 3, "embedsignature": True},
     ),

@@ -54,7 +54,6 @@ def _torch_doors() -> Iterator[Door]:
     def ops():
         import torch
 
-
         return torch.ops.dcnlib
 
     def forward(request: Request) -> dict[str, Any]:

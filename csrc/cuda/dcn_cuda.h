@@ -45,7 +45,7 @@ typedef struct {
   int64_t first, count; /* output pixels of the batch, flattened over (n, oh, ow) */
   int64_t image;        /* the image that input and grad_input start with */
   int32_t order;        /* dcn_cuda_order */
-  int32_t pieces;       /* 1; 2 for 16-bit types: each sample as two values whose sum is exact enough */
+  int32_t pieces; /* 1; 2 for 16-bit types: each sample as two values whose sum is exact enough */
 } dcn_cuda_chunk;
 
 typedef struct {
@@ -83,9 +83,10 @@ DCN_CUDA_API int dcn_cuda_keys(const dcn_params *, const dcn_tensors *, const dc
 
 /* grad_input += the entries' shares of grad_columns. `keys` are sorted, `entries` (int64) says where
  * each stood before: equal keys in ascending order. */
-DCN_CUDA_API int dcn_cuda_gather(const dcn_params *, const dcn_cuda_chunk *, const dcn_cuda_launch *,
-                                 int wide, const void *keys, const int64_t *entries,
-                                 const void *weights, const void *grad_columns, void *grad_input);
+DCN_CUDA_API int dcn_cuda_gather(const dcn_params *, const dcn_cuda_chunk *,
+                                 const dcn_cuda_launch *, int wide, const void *keys,
+                                 const int64_t *entries, const void *weights,
+                                 const void *grad_columns, void *grad_input);
 
 /* What there is to run on. No call above needs these; they may initialise the driver. */
 typedef struct {
@@ -96,9 +97,9 @@ typedef struct {
 
 typedef struct {
   char name[256];
-  int32_t major, minor;    /* compute capability */
+  int32_t major, minor; /* compute capability */
   int32_t multiprocessors;
-  int64_t memory;          /* bytes */
+  int64_t memory; /* bytes */
 } dcn_cuda_device;
 
 DCN_CUDA_API void dcn_cuda_get_state(dcn_cuda_state *);

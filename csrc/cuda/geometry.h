@@ -75,8 +75,7 @@ DCN_DEVICE void write_gradients(const dcn_params &p, const dcn_tensors &t, const
   const A other = s.is_nan() ? s.ly : A(0);
   if (t.grad_mask) {
     const A value = weighted(weights(s.ly, s.lx), d);
-    ((T *)t.grad_mask)[channel * plane + pixel] =
-        narrow<T>(s.bits & HAS_VALUE ? value : other);
+    ((T *)t.grad_mask)[channel * plane + pixel] = narrow<T>(s.bits & HAS_VALUE ? value : other);
   }
   if (t.grad_offset) {
     const bool moves = !s.is_nan() && s.bits != 0;

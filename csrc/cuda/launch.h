@@ -47,13 +47,22 @@ int launch(int dtype, const dcn_cuda_launch &where, Arguments... arguments) {
   OnDevice guard(where.device);
   if (guard.error) return guard.error;
   switch (dtype) {
-    case DCN_FLOAT32: Pass<float>::launch(where, arguments...); break;
+    case DCN_FLOAT32:
+      Pass<float>::launch(where, arguments...);
+      break;
 #if !defined(DCN_FLOAT32_ONLY) /* defined by tests that compile many variants */
-    case DCN_FLOAT64: Pass<double>::launch(where, arguments...); break;
-    case DCN_FLOAT16: Pass<__half>::launch(where, arguments...); break;
-    case DCN_BFLOAT16: Pass<__nv_bfloat16>::launch(where, arguments...); break;
+    case DCN_FLOAT64:
+      Pass<double>::launch(where, arguments...);
+      break;
+    case DCN_FLOAT16:
+      Pass<__half>::launch(where, arguments...);
+      break;
+    case DCN_BFLOAT16:
+      Pass<__nv_bfloat16>::launch(where, arguments...);
+      break;
 #endif
-    default: return cudaErrorInvalidValue;
+    default:
+      return cudaErrorInvalidValue;
   }
   return cudaGetLastError();
 }

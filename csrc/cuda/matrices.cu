@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t i = unit / p.out_channels, o = unit - i * p.out_channels;
     const int64_t group = o / per_group;
     const A value = product[(group * chunk.count + i) * per_group + (o - group * per_group)];
-    output[chunk.first * p.out_channels + unit] =
-        narrow<T>(value + (bias ? widen(bias[o]) : A(0)));
+    output[chunk.first * p.out_channels + unit] = narrow<T>(value + (bias ? widen(bias[o]) : A(0)));
   }
 }
 

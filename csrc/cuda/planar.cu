@@ -61,8 +61,8 @@ struct Steps {
   }
 
   /* Index of a column's first piece; grad_columns have one. */
-  DCN_MEMBER int64_t at(const dcn_params &p, const dcn_cuda_chunk &chunk, const Task &task, int64_t c,
-                        int64_t pieces) const {
+  DCN_MEMBER int64_t at(const dcn_params &p, const dcn_cuda_chunk &chunk, const Task &task,
+                        int64_t c, int64_t pieces) const {
     const int64_t skipped = pieces == 1 ? 0 : c / group_in(p) * (pieces - 1) * piece;
     return c * column + skipped + task.tap * chunk.count + task.i;
   }
@@ -93,8 +93,8 @@ DCN_DEVICE void write_column(T *columns, int64_t at, const Steps &steps, int32_t
 
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    planar_sample(const dcn_params p, const dcn_tensors t, const dcn_cuda_chunk chunk, int64_t parts,
-                  int64_t units, T *columns) {
+    planar_sample(const dcn_params p, const dcn_tensors t, const dcn_cuda_chunk chunk,
+                  int64_t parts, int64_t units, T *columns) {
   typedef typename Storage<T>::A A;
   const Steps steps(p, chunk);
   const T *input = (const T *)t.input;
@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(THREADS)
 
 template <class T>
 __global__ void __launch_bounds__(THREADS)
-    planar_backward(const dcn_params p, const dcn_tensors t, const dcn_cuda_chunk chunk, int64_t units,
-                    const typename Storage<T>::A *grad_columns, T *columns,
+    planar_backward(const dcn_params p, const dcn_tensors t, const dcn_cuda_chunk chunk,
+                    int64_t units, const typename Storage<T>::A *grad_columns, T *columns,
                     typename Storage<T>::A *grad_input) {
   typedef typename Storage<T>::A A;
   const Steps steps(p, chunk);
@@ -167,8 +167,8 @@ struct PlanarSample {
                      const dcn_cuda_chunk *chunk, void *columns) {
     const int64_t parts = (offset_group_in(*p) + SLAB - 1) / SLAB;
     const int64_t units = p->offset_groups * parts * taps_of(*p) * chunk->count;
-    DCN_LAUNCH_FLAT(planar_sample<T>, blocks_for(units, where), THREADS, where.stream, *p, *t, *chunk,
-                    parts, units, (T *)columns);
+    DCN_LAUNCH_FLAT(planar_sample<T>, blocks_for(units, where), THREADS, where.stream, *p, *t,
+                    *chunk, parts, units, (T *)columns);
   }
 };
 

@@ -147,7 +147,8 @@ __global__ void __launch_bounds__(THREADS)
   DCN_SHARED(Slot, slots, PIXELS);
   DCN_SHARED(Sample<A>, samples, TAPS * PIXELS);
   const T *input = (const T *)t.input;
-  const int lane = threadIdx.x & (lanes - 1), worker = threadIdx.x / lanes, workers = THREADS / lanes;
+  const int lane = threadIdx.x & (lanes - 1), worker = threadIdx.x / lanes,
+            workers = THREADS / lanes;
   const int64_t right = p.in_channels, down = p.in_w * right, taps = taps_of(p);
   const int64_t piece = taps * group_in(p), row = chunk.pieces * piece;
   const int64_t vectors = offset_group_in(p) / V;
@@ -201,7 +202,8 @@ __global__ void __launch_bounds__(THREADS)
   DCN_SHARED(Slot, slots, PIXELS);
   DCN_SHARED(Sample<A>, samples, TAPS * PIXELS);
   const T *input = (const T *)t.input;
-  const int lane = threadIdx.x & (lanes - 1), worker = threadIdx.x / lanes, workers = THREADS / lanes;
+  const int lane = threadIdx.x & (lanes - 1), worker = threadIdx.x / lanes,
+            workers = THREADS / lanes;
   const int64_t right = p.in_channels, down = p.in_w * right, taps = taps_of(p);
   const int64_t row = taps * group_in(p);
   const int64_t vectors = offset_group_in(p) / V;
@@ -228,8 +230,8 @@ __global__ void __launch_bounds__(THREADS)
           const bool value = (s.bits & HAS_VALUE) != 0 || s.is_nan();
           for (int64_t v = lane; v < vectors; v += lanes) { /* the hot loop */
             const int64_t c = offset_group * offset_group_in(p) + v * V, group = group_of(p, c);
-            const int64_t place = (group * chunk.count + i) * row + tap * group_in(p) +
-                                  (c - group * group_in(p));
+            const int64_t place =
+                (group * chunk.count + i) * row + tap * group_in(p) + (c - group * group_in(p));
             alignas(16) A g[V];
             for (int k = 0; k < V; k += Pack<A>::size)
               *reinterpret_cast<Pack<A> *>(g + k) = load16(grad_columns + place + k);
@@ -250,8 +252,8 @@ __global__ void __launch_bounds__(THREADS)
             }
             if (columns) {
               const int64_t skipped = (chunk.pieces - 1) * row;
-              write_columns(columns + place + (group * chunk.count + i) * skipped, row, chunk.pieces,
-                            values);
+              write_columns(columns + place + (group * chunk.count + i) * skipped, row,
+                            chunk.pieces, values);
             }
           }
         }

@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t top_left = (o.n - chunk.image) * plane_in(p) + s.pixel;
     for (int q = 0; q < 4; q++) {
       const int64_t pixel = top_left + (q & 1) + (q >> 1) * p.in_w;
-      keys[4 * unit + q] = reached >> q & 1 ? (Key)(pixel * p.offset_groups + offset_group) : Key(-1);
+      keys[4 * unit + q] =
+          reached >> q & 1 ? (Key)(pixel * p.offset_groups + offset_group) : Key(-1);
       entry_weights[4 * unit + q] = s.mask * w.at[q];
     }
   }
@@ -99,11 +100,11 @@ struct Keys {
     typedef typename Storage<T>::A A;
     const int64_t units = p->offset_groups * taps_of(*p) * chunk->count;
     if (wide)
-      DCN_LAUNCH_FLAT((corner_keys<T, int64_t>), blocks_for(units, where), THREADS, where.stream, *p,
-                      *t, *chunk, units, (int64_t *)keys, (A *)weights);
+      DCN_LAUNCH_FLAT((corner_keys<T, int64_t>), blocks_for(units, where), THREADS, where.stream,
+                      *p, *t, *chunk, units, (int64_t *)keys, (A *)weights);
     else
-      DCN_LAUNCH_FLAT((corner_keys<T, int32_t>), blocks_for(units, where), THREADS, where.stream, *p,
-                      *t, *chunk, units, (int32_t *)keys, (A *)weights);
+      DCN_LAUNCH_FLAT((corner_keys<T, int32_t>), blocks_for(units, where), THREADS, where.stream,
+                      *p, *t, *chunk, units, (int32_t *)keys, (A *)weights);
   }
 };
 
@@ -113,8 +114,8 @@ void launch_gather(const dcn_cuda_launch &where, const dcn_params *p, const dcn_
                    const void *grad_columns, void *grad_input) {
   const int64_t entries = 4 * p->offset_groups * taps_of(*p) * chunk->count;
   const int lanes = power_of_two(offset_group_in(*p) / V, WARP);
-  DCN_LAUNCH_FLAT((gather<A, Key, V>), blocks_for(entries * lanes, where), THREADS, where.stream, *p,
-                  *chunk, entries, lanes, (const Key *)keys, entry_at, (const A *)weights,
+  DCN_LAUNCH_FLAT((gather<A, Key, V>), blocks_for(entries * lanes, where), THREADS, where.stream,
+                  *p, *chunk, entries, lanes, (const Key *)keys, entry_at, (const A *)weights,
                   (const A *)grad_columns, (A *)grad_input);
 }
 

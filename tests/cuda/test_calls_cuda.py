@@ -223,10 +223,10 @@ def test_results_keep_channels_last(emulation):
 def test_same_errors_as_the_cpu(emulation):
     """The text of a wrong argument does not depend on the backend."""
     torch = pytest.importorskip("torch")
-    input, offset, weight, bias, mask = tensors(torch.float32)
+    input, offset, weight, _, _ = tensors(torch.float32)
     texts = set()
     for backend in ("cpu", "cuda"):
-        with pytest.raises(ValueError, match="^deform_conv2d: offset: ") as error:
+        with pytest.raises(ValueError, match=r"^deform_conv2d: offset: ") as error:
             dcnlib.deform_conv2d(input, offset[:, 1:], weight, backend=backend)
         texts.add(str(error.value))
     assert len(texts) == 1
@@ -235,5 +235,7 @@ def test_same_errors_as_the_cpu(emulation):
 def test_no_fallback_without_emulation():
     """A forced backend that cannot run is an error with its reason."""
     call = testing.lattice(PROBLEMS["plain"], 0).astype("float32")
-    with pytest.raises(RuntimeError, match=r"^deform_conv2d: backend: 'cuda' cannot run on cpu: .*GPU"):
+    with pytest.raises(
+        RuntimeError, match=r"^deform_conv2d: backend: 'cuda' cannot run on cpu: .*GPU"
+    ):
         call.forward("cuda")

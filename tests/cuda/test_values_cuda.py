@@ -6,7 +6,10 @@ kernels come after them.
 
 import numpy as np
 import pytest
+
 import test_values
+from dcnlib.backends import cuda
+from dcnlib.backends.cuda._plan import plan
 from test_values import (  # noqa: F401  (collected here, with this file's fixtures)
     dtype,
     test_all_offsets_nan,
@@ -23,9 +26,6 @@ from test_values import (  # noqa: F401  (collected here, with this file's fixtu
     test_scattered_not_finite,
     test_subnormals_are_kept,
 )
-
-from dcnlib.backends import cuda
-from dcnlib.backends.cuda._plan import plan
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 ROWS = "channels_64"

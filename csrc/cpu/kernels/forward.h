@@ -25,8 +25,8 @@
 
 namespace DCN_ISA {
 
-constexpr int64_t WAVE_BYTES = 4 << 20;   /* packed images of a wave, but at least one image */
-constexpr int64_t PACK_PIXELS = 1024;     /* pixels of one packing task */
+constexpr int64_t WAVE_BYTES = 4 << 20; /* packed images of a wave, but at least one image */
+constexpr int64_t PACK_PIXELS = 1024;   /* pixels of one packing task */
 /* Columns and result of a tile, and its bytes a column: more pixels share a panel of weights where the
  * second-level cache holds them, a megabyte or more in machines with AVX-512. */
 constexpr int64_t TILE_BYTES = DCN_VECTOR_BYTES == 64 ? 832 << 10 : 512 << 10;

@@ -59,10 +59,7 @@ def plan(
     image = problem.in_channels * problem.in_h * problem.in_w
 
     rows = settings.kernels != "planar" and _rows_fit(problem, size)
-    if problem.channels_last:
-        staged = rows and not aligned
-    else:
-        staged = rows
+    staged = rows and not (problem.channels_last and aligned)
     per_image = _image_bytes(image, size, arithmetic, staged, grad_input)
     if staged and per_image > room // 2:
         rows = staged = False

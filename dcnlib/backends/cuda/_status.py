@@ -89,7 +89,9 @@ def has_code(archs: str, major: int, minor: int) -> bool:
 
 def no_code(archs: str, devices: list) -> str:
     """The reason when no device can run what was built."""
-    found = ", ".join(f"{name} (capability {major}.{minor})" for name, major, minor, _, _ in devices)
+    found = ", ".join(
+        f"{name} (capability {major}.{minor})" for name, major, minor, _, _ in devices
+    )
     wanted = " ".join(f"{major}{minor}" for _, major, minor, _, _ in devices)
     return (
         f"there is no kernel image for {found}: this build has {archs}; "

@@ -71,7 +71,9 @@ def selftest(extra: Sequence[str], planted: Mapping[str, str] | None = None) -> 
     for kernel in KERNELS:
         if kernel.name in planted:
             text = planted[kernel.name]
-            kernel = BUILD / "planted" / hashlib.sha256(text.encode()).hexdigest()[:16] / kernel.name
+            kernel = (
+                BUILD / "planted" / hashlib.sha256(text.encode()).hexdigest()[:16] / kernel.name
+            )
             kernel.parent.mkdir(parents=True, exist_ok=True)
             kernel.write_text(text.replace('#include "../', f'#include "{ROOT}/csrc/'))
         sources.append(kernel)

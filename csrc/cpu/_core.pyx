@@ -151,39 +151,38 @@ cdef int execute(
     cdef const dcn_cpu_kernels *table = kernels
     cdef dcn_cpu_plan plan
     cdef dcn_cpu_call call
-    cdef int threads, allowed, short_of_threads = 0
-    cdef size_t shared_bytes
-    cdef void *memory = NULL
-    cdef char *scratch
-    cdef int64_t most
+    cdef int threads, allowed
+    cdef size_t bytes = 0
+    cdef void *memory
 
     with nogil:
         table.plan(params, direction, wanted, 1, &plan)
-        most = max(<int64_t>1, min(num_threads, plan.work // WORK_OF_A_THREAD))
-        allowed = dcn_threads_allowed(<int>most, &short_of_threads)
-        threads = allowed
-        if threads > 1:
-            table.plan(params, direction, wanted, threads, &plan)
-        shared_bytes = (plan.shared_bytes + LINE - 1) // LINE * LINE
-        call.params, call.tensors, call.plan, call.direction = params, tensors, &plan, direction
-        if posix_memalign(&memory, LINE, shared_bytes + threads * plan.scratch_bytes + LINE) == 0:
+        threads = <int>min(num_threads, plan.work // WORK_OF_A_THREAD)
+        allowed = dcn_threads_allowed(threads)
+        if allowed > 1:
+            table.plan(params, direction, wanted, allowed, &plan)
+        memory = workspace(&plan, allowed, &bytes)
+        if memory == NULL and allowed > 1:  # there may be room for one
+            allowed = 1
+            table.plan(params, direction, wanted, 1, &plan)
+            memory = workspace(&plan, 1, &bytes)
+        if memory != NULL:
+            call.params, call.tensors, call.plan, call.direction = params, tensors, &plan, direction
             call.shared = memory
-            scratch = <char *>memory + shared_bytes
+            threads = dcn_threads_possible(allowed)
             if threads > 1:
-                run_team(table, &call, scratch, threads)
+                run_team(table, &call, threads)
             else:
-                run_alone(table, &call, scratch)
+                run_alone(table, &call)
             free(memory)
-        else:
-            memory = NULL
     if memory == NULL:
         raise MemoryError(
-            f"deform_conv2d: workspace: does not fit into memory; expected room for "
-            f"{shared_bytes + threads * plan.scratch_bytes} bytes; use a smaller batch or image"
+            f"deform_conv2d: workspace: does not fit into memory; expected room for {bytes} bytes; "
+            "use a smaller batch or image"
         )
-    if short_of_threads:
+    if threads < allowed:
         warnings.warn(
-            f"dcnlib: {most} threads cannot be created, {threads} are used; "
+            f"dcnlib: {allowed} threads cannot be created, {threads} are used; "
             "raise the limit or call dcnlib.set_num_threads",
             RuntimeWarning,
             stacklevel=2,
@@ -191,10 +190,20 @@ cdef int execute(
     return 0
 
 
-cdef void run_alone(
-    const dcn_cpu_kernels *table, const dcn_cpu_call *call, char *scratch
-) noexcept nogil:
+cdef void *workspace(const dcn_cpu_plan *plan, int threads, size_t *bytes) noexcept nogil:
+    # What the call shares, then the scratch of each thread; NULL if there is no memory.
+    cdef void *memory = NULL
+    bytes[0] = scratch_at(plan, threads) + LINE
+    return memory if posix_memalign(&memory, LINE, bytes[0]) == 0 else NULL
+
+
+cdef inline size_t scratch_at(const dcn_cpu_plan *plan, int thread) noexcept nogil:
+    return (plan.shared_bytes + LINE - 1) // LINE * LINE + thread * plan.scratch_bytes
+
+
+cdef void run_alone(const dcn_cpu_kernels *table, const dcn_cpu_call *call) noexcept nogil:
     cdef int64_t wave, phase, task
+    cdef char *scratch = <char *>call.shared + scratch_at(call.plan, 0)
     for wave in range(call.plan.waves):
         for phase in range(call.plan.phases):
             for task in range(call.plan.tasks[phase]):
@@ -202,13 +211,13 @@ cdef void run_alone(
 
 
 cdef void run_team(
-    const dcn_cpu_kernels *table, const dcn_cpu_call *call, char *scratch, int threads
+    const dcn_cpu_kernels *table, const dcn_cpu_call *call, int threads
 ) noexcept nogil:
     # One team for the whole call; each inner loop ends with a barrier.
     cdef int64_t wave = 0, phase = 0, task
-    cdef char *mine = scratch
+    cdef char *mine = NULL
     with parallel(num_threads=threads):
-        mine = scratch + threadid() * call.plan.scratch_bytes
+        mine = <char *>call.shared + scratch_at(call.plan, threadid())
         for wave in range(call.plan.waves):
             for phase in range(call.plan.phases):
                 for task in prange(call.plan.tasks[phase], schedule="dynamic", chunksize=1):

@@ -66,5 +66,6 @@ cdef extern from "dcn_cpu.h" nogil:
 cdef extern from "threads.h" nogil:
     void dcn_threads_init()
     void dcn_threads_alone()
-    int dcn_threads_allowed(int wanted, int *short_of_threads)
+    int dcn_threads_allowed(int wanted)
+    int dcn_threads_possible(int wanted)
     int dcn_threads_openmp()

@@ -4,6 +4,8 @@
 #ifdef _OPENMP
 #include <omp.h>
 #include <pthread.h>
+#include <stdlib.h>
+#include <sys/mman.h>
 
 static volatile int forked = 0;
 
@@ -11,7 +13,33 @@ static void in_child(void) { forked = 1; }
 
 void dcn_threads_alone(void) { forked = 1; }
 
-void dcn_threads_init(void) { pthread_atfork(nullptr, nullptr, in_child); }
+static pthread_attr_t attributes; /* of the runtime's threads */
+
+/* OMP_STACKSIZE as the runtime reads it: a number, and B, K (the default), M or G. */
+static size_t stack_size(void) {
+  const char *text = getenv("OMP_STACKSIZE");
+  if (!text) text = getenv("GOMP_STACKSIZE");
+  if (!text) return 0;
+  char *end;
+  size_t size = strtoul(text, &end, 10);
+  while (*end == ' ') end++;
+  switch (*end | 0x20) {
+    case 'b':
+      return size;
+    case 'm':
+      return size << 20;
+    case 'g':
+      return size << 30;
+    default:
+      return size << 10;
+  }
+}
+
+void dcn_threads_init(void) {
+  pthread_atfork(nullptr, nullptr, in_child);
+  pthread_attr_init(&attributes);
+  if (const size_t size = stack_size()) pthread_attr_setstacksize(&attributes, size);
+}
 
 int dcn_threads_openmp(void) { return 1; }
 
@@ -33,38 +61,43 @@ void *wait_at_gate(void *argument) {
   return nullptr;
 }
 
-/* How many of `count` threads can exist at once beside the calling one. */
+/* How many of `count` threads can exist at once beside the calling one, and the runtime's notes. */
 int can_create(int count) {
+  constexpr size_t NOTES = 1 << 20;
+  void *notes = mmap(nullptr, NOTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (notes == MAP_FAILED) return 0;
   Gate gate = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false};
   pthread_t threads[MOST];
   int created = 0;
-  while (created < count && pthread_create(&threads[created], nullptr, wait_at_gate, &gate) == 0)
+  while (created < count &&
+         pthread_create(&threads[created], &attributes, wait_at_gate, &gate) == 0)
     created++;
   pthread_mutex_lock(&gate.mutex);
   gate.open = true;
   pthread_cond_broadcast(&gate.opened);
   pthread_mutex_unlock(&gate.mutex);
   for (int i = 0; i < created; i++) pthread_join(threads[i], nullptr);
+  munmap(notes, NOTES);
   return created;
 }
 
 } /* namespace */
 
-int dcn_threads_allowed(int wanted, int *short_of_threads) {
-  static thread_local int proven = 1; /* libgomp keeps a pool for each thread that opens teams */
+int dcn_threads_allowed(int wanted) {
   if (wanted <= 1 || forked || omp_in_parallel()) return 1;
   if (wanted > MOST) wanted = MOST;
   const int limit = omp_get_thread_limit();
-  if (wanted > limit) wanted = limit;
-  if (wanted > proven) {
-    const int possible = 1 + can_create(wanted - 1);
-    if (possible < wanted) {
-      *short_of_threads = 1;
-      /* Part of what was possible: the probe's threads are gone, others may take their place. */
-      return proven > possible / 2 ? proven : possible / 2 > 1 ? possible / 2 : 1;
-    }
-    proven = wanted;
-  }
+  return wanted < limit ? wanted : limit;
+}
+
+int dcn_threads_possible(int wanted) {
+  static thread_local int proven = 1; /* libgomp keeps a pool for each thread that opens teams */
+  if (wanted <= proven) return wanted;
+  const int possible = 1 + can_create(wanted - 1);
+  /* Part of what was possible: the probe's threads are gone, others may take their place. */
+  if (possible < wanted)
+    return proven > possible / 2 ? proven : possible / 2 > 1 ? possible / 2 : 1;
+  proven = wanted;
   return wanted;
 }
 
@@ -73,6 +106,7 @@ int dcn_threads_allowed(int wanted, int *short_of_threads) {
 void dcn_threads_init(void) {}
 void dcn_threads_alone(void) {}
 int dcn_threads_openmp(void) { return 0; }
-int dcn_threads_allowed(int, int *) { return 1; }
+int dcn_threads_allowed(int) { return 1; }
+int dcn_threads_possible(int) { return 1; }
 
 #endif

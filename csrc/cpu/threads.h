@@ -1,4 +1,4 @@
-/* The process hazards of OpenMP, each answered by one function: the caller asks before every team. */
+/* The process hazards of OpenMP, each answered by a function: the caller asks before every team. */
 #ifndef DCN_THREADS_H
 #define DCN_THREADS_H
 
@@ -15,9 +15,12 @@ void dcn_threads_alone(void);
 /* How many threads a team may have now, at most `wanted`:
  *   1 in a forked child    libgomp's threads do not survive a fork, a team would wait for ever
  *   1 inside a region      whoever opened it has shared the cores already
- *   fewer if threads cannot be created: libgomp would end the process, so this asks first, once
- *   for each calling thread and size (`short_of_threads` is then set to 1) */
-int dcn_threads_allowed(int wanted, int *short_of_threads);
+ *   OMP_THREAD_LIMIT */
+int dcn_threads_allowed(int wanted);
+
+/* And how many of those can be created: libgomp would end the process, so this tries first, once for
+ * each calling thread and size. Call it last, with all memory of the call in hand. */
+int dcn_threads_possible(int wanted);
 
 /* Whether OpenMP was compiled in. */
 int dcn_threads_openmp(void);

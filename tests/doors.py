@@ -105,10 +105,16 @@ def _tensors(request: Request, place: Callable = lambda tensor: tensor) -> Reque
 
     def convert(value):
         if type(value) is np.ndarray:
-            value = torch.from_numpy(value)
+            value = _tensor(torch, value)
         return place(value) if isinstance(value, torch.Tensor) else value
 
     return {k: convert(v) if k in TENSORS else v for k, v in request.items()}
+
+
+def _tensor(torch, array: np.ndarray):
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _to_meta(tensor):

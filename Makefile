@@ -44,7 +44,8 @@ test: $(VENV)/built
 bench: $(VENV)/built
 	@$(BIN)/python -m dcnlib bench $(ARGS)
 
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc' \
+	-o -name '*.cu' -o -name '*.cuh')
 
 lint: export PATH := $(CURDIR)/$(BIN):$(PATH)
 lint: $(VENV)/tools

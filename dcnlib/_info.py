@@ -58,6 +58,7 @@ def collect() -> dict[str, Any]:
             "usable_cores": _config.usable_cores(),
         },
         "openmp": {"built": _core.openmp(), "runtimes": openmp_runtimes()},
+        "cuda": _cuda(),
     }
     report["advice"] = _advice(report)
     return report
@@ -66,6 +67,7 @@ def collect() -> dict[str, Any]:
 def text(report: dict[str, Any]) -> str:
     """The report for a terminal."""
     isa, threads, openmp = report["isa"], report["threads"], report["openmp"]
+    cuda = report["cuda"]
     versions = [f"{name} {version or '-'}" for name, version in report["packages"].items()]
     lines = [
         f"dcnlib {report['dcnlib']}, Python {report['python']}, {', '.join(versions)}",
@@ -86,6 +88,10 @@ def text(report: dict[str, Any]) -> str:
         f"  {'used':<10} {threads['used']} ({threads['decided_by']})",
         f"  {'cores':<10} {threads['usable_cores']} usable",
         f"  {'OpenMP':<10} {', '.join(openmp['runtimes']) or 'none loaded'}",
+        "",
+        "CUDA",
+        f"  {'built for':<10} {cuda['architectures'] or '-'}",
+        f"  {'devices':<10} {cuda['devices'] or 'none'}",
     ]
     if report["advice"]:
         lines += ["", "advice", *(f"  - {sentence}" for sentence in report["advice"])]
@@ -148,6 +154,15 @@ def _advice(report: dict[str, Any]) -> list[str]:
     if report["packages"]["ml_dtypes"] is None:
         advice.append("for bfloat16 in NumPy arrays: python -m pip install ml_dtypes")
     return advice
+
+
+def _cuda() -> dict[str, str | None]:
+    """Architectures that the CUDA part was compiled for, devices that it can use."""
+    from .backends.cuda import _status
+
+    core = _status.core(False)
+    archs = None if isinstance(core, str) else core.archs()
+    return {"architectures": archs, "devices": _status.describe() or None}
 
 
 def _threads() -> tuple[int, str]:

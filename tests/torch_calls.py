@@ -78,3 +78,13 @@ def loss(call: Call, **options: Any):
 def operator_arguments(call: Call, backend: str | None = None) -> tuple:
     """The arguments of ``torch.ops.dcnlib.deform_conv2d``."""
     return (*call[:4], *map(list, call[6:9]), call.mask, *call[9:], backend)
+
+
+def run_out_of_memory(op: str) -> None:
+    """A legal call that asks for petabytes: images of stride 0, which no copy fits."""
+    image = torch.ones(()).expand(1, 1, 2**24, 2**24)
+    offset = torch.ones(()).expand(1, 2, 2**24, 2**24)
+    arguments = [image, offset, torch.ones(1, 1, 1, 1)]
+    if op.endswith("backward"):
+        arguments.insert(0, image)
+    getattr(dcnlib, op)(*arguments)

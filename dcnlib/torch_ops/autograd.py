@@ -184,9 +184,11 @@ class _Backward(_SingleLevelFunction):
 
 
 def _has_tangents(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether forward mode is at work on one of them."""
-    return forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    """Whether forward mode is at work on one of them; it has one level only."""
+    if forward_ad._current_level < 0 and not _are_functorch_transforms_active():
+        return False
+    return any(
+        t is not None and forward_ad.unpack_dual(t, level=0).tangent is not None for t in tensors
     )
 
 

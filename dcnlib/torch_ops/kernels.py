@@ -21,6 +21,7 @@ from .schemas import (
     FORWARD,
     LIBRARY,
     check_dense,
+    is_channels_last,
     new_gradients,
     new_output,
     problem,
@@ -44,7 +45,7 @@ def _forward(
 ):  # fmt: skip
     call = problem(
         FORWARD, None, input, offset, weight, bias, stride, padding, dilation, mask,
-        groups, offset_groups, symbolic=False,
+        groups, offset_groups, channels_last=is_channels_last(input), symbolic=False,
     )  # fmt: skip
     chosen = choose(FORWARD, backend, input.device.type)
     try:
@@ -82,7 +83,8 @@ def _backward(
     output_mask = wanted(BACKWARD, output_mask, mask)
     call = problem(
         BACKWARD, grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
-        groups, offset_groups, wants_bias=output_mask[3], symbolic=False,
+        groups, offset_groups, channels_last=is_channels_last(input), wants_bias=output_mask[3],
+        symbolic=False,
     )  # fmt: skip
     chosen = choose(BACKWARD, backend, input.device.type)
     try:

@@ -83,6 +83,8 @@ def problem(
     groups: int | None = None,
     offset_groups: int | None = None,
     backend: str | None = None,
+    *,
+    channels_last: bool = False,
     wants_bias: bool = False,
     symbolic: bool = True,
 ) -> DeformConv2dProblem:
@@ -108,7 +110,7 @@ def problem(
         tuple(dilation),
         groups,
         offset_groups,
-        _is_channels_last(input),
+        channels_last,
         wants_bias,
     )
 
@@ -183,7 +185,7 @@ def _fake_forward(
     check_name(FORWARD, backend)
     call = problem(
         FORWARD, None, input, offset, weight, bias, stride, padding, dilation, mask,
-        groups, offset_groups,
+        groups, offset_groups, channels_last=is_channels_last(input),
     )  # fmt: skip
     return new_output(call, input)
 
@@ -198,7 +200,7 @@ def _fake_backward(
     check_name(BACKWARD, backend)
     call = problem(
         BACKWARD, grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
-        groups, offset_groups,
+        groups, offset_groups, channels_last=is_channels_last(input),
     )  # fmt: skip
     return new_gradients(call, input, wanted(BACKWARD, output_mask, mask))
 
@@ -241,7 +243,8 @@ def _problem(
 _cached_problem = lru_cache(maxsize=1024)(_problem)
 
 
-def _is_channels_last(input: Tensor) -> bool:
+def is_channels_last(input: Tensor) -> bool:
+    """Whether the memory of a batch of images is (N, H, W, C) and nothing else."""
     return (
         not input.is_contiguous()
         and input.dim() == 4

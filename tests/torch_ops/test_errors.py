@@ -124,8 +124,8 @@ def parser_takes(request):
 @pytest.mark.parametrize("family", ["integers", "shapes", "dtypes"])
 def test_every_door_says_the_same(family, door):
     compared, different = 0, []
-    for name, case in hostile.FAMILIES[family].items():
-        if not torch_can_hold(case.request()):
+    for name, case in hostile.cases("numpy").items():
+        if not name.startswith(f"{family}-") or not torch_can_hold(case.request()):
             continue
         if door.startswith("operator") and not parser_takes(case.request()):
             continue
@@ -288,7 +288,7 @@ def test_freed_memory(tensor, call):
     # The backward pass does not read the bias.
     op = "deform_conv2d" if tensor == "bias" else "deform_conv2d_backward"
     text = (
-        f"{op}: {tensor}: its memory has been freed; expected {size} bytes of storage, got 0 bytes"
+        f"{op}: {tensor}: its memory has been freed, all or in part; expected {size} bytes of storage, got 0 bytes"
     )
     with pytest.raises(ValueError, match=text):
         call(op, request)
@@ -305,7 +305,7 @@ def test_backend(backend, error, text):
     for change in (torch.Tensor.cpu, lambda t: t.to("meta"), torch.Tensor.numpy):
         arguments = testing.lattice(hostile.GEOMETRIES["single"], 0).to_torch()[:3]
         for op in ALL:
-            first = [change(torch.ones(1, 2, 1, 1))] if op.endswith("backward") else []
+            first = [change(torch.ones(1, 2, 1, 1, dtype=torch.float64))] if op.endswith("backward") else []
             with pytest.raises(error, match=f"{op}: backend: {text}"):
                 getattr(dcnlib, op)(*first, *map(change, arguments), backend=backend)
     if isinstance(backend, str):

@@ -37,9 +37,14 @@
 
 namespace DCN_ISA {
 
-constexpr int64_t BACKWARD_TILE_BYTES = 256 << 10; /* columns of a tile */
 constexpr int64_t BACKWARD_WAVE_BYTES = 8 << 20; /* memory of a wave's images, but at least one */
 constexpr int64_t WAVE_IMAGES = 16;
+constexpr int64_t BACKWARD_TILE_BYTES = 256 << 10; /* columns of a tile, and its pixels */
+constexpr int64_t BACKWARD_TILE_PIXELS = 112;
+/* With many outputs the shares of grad_weight are large: larger tiles touch them less often. */
+constexpr int64_t MANY_OUTPUTS = 256;
+constexpr int64_t LARGE_TILE_BYTES = 480 << 10;
+constexpr int64_t LARGE_TILE_PIXELS = 196;
 constexpr int64_t BAND_PIXELS = 512; /* a band has at least this many */
 constexpr int64_t MOST_BANDS = 4;    /* slabs * bands beyond which slabs alone are enough */
 constexpr int64_t SUM_RUN = 512;     /* values of grad_bias summed in A before they go into a double */
@@ -50,13 +55,14 @@ struct Backward {
   const dcn_params &p;
   bool need_input, need_samples_gradient, need_weight, need_bias;
   bool direct_output; /* grad_output is [output][pixel] in A already */
+  bool need_lines;    /* it is not, and grad_weight wants it so */
   Slabs<A> slabs;
   Frame frame;
   bool small;          /* positions and indices fit into A's integers */
   int64_t plane;       /* values of a packed slab of an image */
   int64_t columns_row; /* values of a row of columns */
   int64_t output_row;  /* values of a pixel of the packed grad_output */
-  int64_t output_line; /* values of an output of the packed grad_output, if not direct */
+  int64_t output_line; /* values of an output of the packed grad_output, if needed */
   int64_t chunk, tile, tiles, bands, wave;
   int64_t tile_pitch; /* pixels between two taps' rows of corners */
   int64_t share_row; /* grad_weight share: values of one output's row; the packed weights' as well */
@@ -71,6 +77,7 @@ struct Backward {
     need_bias = wanted & DCN_GRAD_BIAS;
     direct_output =
         p.layout == DCN_NCHW && p.dtype == (sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
+    need_lines = need_weight && !is_depthwise(p) && !direct_output;
     small = is_small<A>(p, frame, slabs.pitch);
     plane = frame.pixels * slabs.pitch + LINE / (int64_t)sizeof(A);
     const int64_t pixels = plane_out(p), taps = taps_of(p), size = (int64_t)sizeof(A);
@@ -78,8 +85,11 @@ struct Backward {
     output_line = round_up(pixels, LINE / size);
     columns_row = is_depthwise(p) ? 0 : columns_pitch(p, slabs);
     chunk = chunk_taps(p, slabs);
-    tile = columns_row ? BACKWARD_TILE_BYTES / (columns_row * size) / ROWS * ROWS : 112;
-    tile = max((int64_t)2 * ROWS, min(tile, 112 * 4 / size));
+    const bool large = group_out(p) >= MANY_OUTPUTS;
+    const int64_t most_bytes = large ? LARGE_TILE_BYTES : BACKWARD_TILE_BYTES;
+    const int64_t most_pixels = (large ? LARGE_TILE_PIXELS : BACKWARD_TILE_PIXELS) * 4 / size;
+    tile = columns_row ? most_bytes / (columns_row * size) / ROWS * ROWS : most_pixels;
+    tile = max((int64_t)2 * ROWS, min(tile, most_pixels));
     tile = ceil_div(pixels, ceil_div(pixels, tile));
     tiles = ceil_div(pixels, tile);
     tile_pitch = round_up(tile, Vector<A>::lanes);
@@ -89,7 +99,7 @@ struct Backward {
     share_row = is_depthwise(p) ? taps * (slabs.pitch + Vector<A>::lanes) : widest_share();
     pairs = slabs.count + p.offset_groups - 1;
     int64_t values = slabs.count * plane + output_copies() * pixels * output_row;
-    if (!direct_output) values += p.out_channels * output_line;
+    if (need_lines) values += p.out_channels * output_line;
     if (need_input) values += slabs.count * bands * plane;
     if (need_samples_gradient) values += pairs * 3 * taps * pixels;
     if (need_weight) values += slabs.count * bands * group_out(p) * share_row;
@@ -133,9 +143,15 @@ struct Backward {
   }
 };
 
+/* Values begin .. end - 1 of a share of grad_input are there; the others are zeros nobody wrote. */
+struct Range {
+  int64_t begin, end;
+};
+
 template <class A>
 struct BackwardShared {
   A *weight, *slabs, *output, *lines, *input, *sums, *share;
+  Range *touched; /* of each share of grad_input */
   double *bias;
   BackwardShared(const Backward<A> &b, Arena &arena) {
     const dcn_params &p = b.p;
@@ -143,10 +159,11 @@ struct BackwardShared {
     weight = arena.take<A>(b.weight_values());
     slabs = arena.take<A>(b.wave * b.slabs.count * b.plane);
     output = arena.take<A>(b.wave * b.output_copies() * pixels * b.output_row);
-    lines = arena.take<A>(b.direct_output ? 0 : b.wave * p.out_channels * b.output_line);
+    lines = arena.take<A>(!b.need_lines ? 0 : b.wave * p.out_channels * b.output_line);
     input = arena.take<A>(b.need_input ? b.wave * b.owners() * b.plane : 0);
     sums = arena.take<A>(b.need_samples_gradient ? b.wave * b.pairs * 3 * taps_of(p) * pixels : 0);
     share = arena.take<A>(b.need_weight ? b.wave * b.owners() * group_out(p) * b.share_row : 0);
+    touched = arena.take<Range>(b.need_input ? b.wave * b.owners() : 0);
     bias = arena.take<double>(b.need_bias ? 2 * p.out_channels : 0);
   }
 };
@@ -212,27 +229,60 @@ struct Lines {
   }
 };
 
-/* The weighted sums over q: products [tap][pixel][4] -> += shares of grad_mask and grad_offset. */
+/* The weighted sums over q: products [tap][tile][4] -> += shares of grad_mask and grad_offset, whole
+ * vectors of pixels. */
 template <class A>
 static void add_sample_gradients(const Corners<A> &corners, const A *products, int64_t taps,
                                  int64_t tile, int64_t pixels, A *mask, A *offset_y, A *offset_x,
                                  int64_t pitch, bool first) {
-  for (int64_t t = 0; t < taps; t++) {
-    const A *d = products + t * tile * 4;
-    for (int64_t i = 0; i < pixels; i++, d += 4) {
+  typedef typename Vector<A>::V V;
+  typedef typename Corners<A>::I I;
+  constexpr int64_t L = Vector<A>::lanes;
+  const auto add = [first](A *to, V v, int64_t count) {
+    if (count >= L) return store(to, first ? v : load(to) + v);
+    A part[L];
+    store(part, v);
+    for (int64_t j = 0; j < count; j++) to[j] = first ? part[j] : to[j] + part[j];
+  };
+  for (int64_t t = 0; t < taps; t++)
+    for (int64_t i = 0; i < pixels; i += L) {
       const int64_t at = t * tile + i, to = t * pitch + i;
-      const A ly = corners.fraction[0][at], lx = corners.fraction[1][at], m = corners.mask[at];
-      const auto state = corners.state[at];
-      const A nan = corners.weight[0][at]; /* NaN in that state alone */
-      const A value = (1 - ly) * ((1 - lx) * d[0] + lx * d[1]) + ly * ((1 - lx) * d[2] + lx * d[3]);
-      const A dy = m * ((1 - lx) * (d[2] - d[0]) + lx * (d[3] - d[1]));
-      const A dx = m * ((1 - ly) * (d[1] - d[0]) + ly * (d[3] - d[2]));
-      const bool moves = state == INSIDE || state == EDGE;
-      const A other = state == NOT_A_NUMBER ? nan : A(0);
-      mask[to] = (first ? A(0) : mask[to]) + (state == INSIDE ? value : other);
-      offset_y[to] = (first ? A(0) : offset_y[to]) + (moves ? dy : other);
-      offset_x[to] = (first ? A(0) : offset_x[to]) + (moves ? dx : other);
+      V d[4];
+      load_parts<A>(products + 4 * at, d);
+      const V ly = load(corners.fraction[0] + at), lx = load(corners.fraction[1] + at);
+      const V m = load(corners.mask + at), nan = load(corners.weight[0] + at), one = splat(A(1));
+      const V value = (one - ly) * ((one - lx) * d[0] + lx * d[1]) +
+                      ly * ((one - lx) * d[2] + lx * d[3]);
+      const V dy = m * ((one - lx) * (d[2] - d[0]) + lx * (d[3] - d[1]));
+      const V dx = m * ((one - ly) * (d[1] - d[0]) + ly * (d[3] - d[2]));
+      const auto inside = lanes_equal<A, I>(corners.state + at, INSIDE);
+      const auto moves = inside | lanes_equal<A, I>(corners.state + at, EDGE);
+      /* Weights are NaN in that state alone. */
+      const V other = keep<A>(lanes_equal<A, I>(corners.state + at, NOT_A_NUMBER), nan);
+      add(mask + to, pick<A>(inside, value, other), pixels - i);
+      add(offset_y + to, pick<A>(moves, dy, other), pixels - i);
+      add(offset_x + to, pick<A>(moves, dx, other), pixels - i);
     }
+}
+
+/* Makes the pixels around the corners of a chunk part of a share of grad_input. What lies outside
+ * scatters to `nowhere`, whose pixels belong to no range and are read by nobody. */
+template <class A>
+static void touch(const Corners<A> &corners, int64_t taps, int64_t tile, int64_t pixels,
+                  int64_t nowhere, int64_t length, A *input, Range &range) {
+  int64_t first = nowhere, last = -1;
+  for (int64_t t = 0; t < taps; t++)
+    for (int64_t i = 0; i < pixels; i++) {
+      const int64_t at = corners.at[t * tile + i], inside = at < nowhere ? at : -1;
+      first = min(first, at);
+      last = max(last, inside);
+    }
+  if (last < 0) return;
+  if (range.begin == range.end) range.begin = range.end = first;
+  for (; range.end < last + length; range.end++) input[range.end] = 0;
+  if (first < range.begin) {
+    for (int64_t i = first; i < range.begin; i++) input[i] = 0;
+    range.begin = first;
   }
 }
 
@@ -252,8 +302,10 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
   A *share = b.need_weight ? shared.share + owner * outputs * b.share_row : nullptr;
   const Lines<A> lines(b, tensors, shared, image, slot);
   const Steps steps(b.frame, b.slabs.pitch);
+  const int64_t nowhere = b.frame.nowhere * b.slabs.pitch;
+  Range touched = {0, 0};
   if (input)
-    for (int64_t i = 0; i < b.plane; i++) input[i] = 0;
+    for (int64_t i = nowhere; i < b.plane; i++) input[i] = 0;
   if (share && depthwise && first_wave)
     for (int64_t i = 0; i < outputs * b.share_row; i++) share[i] = 0;
 
@@ -272,6 +324,9 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
         const bool special = chunk_corners<A, true>(p, tensors, b.frame, b.small, image,
                                                     offset_group, tap, count, first, pixels,
                                                     b.tile_pitch, s.tile, b.slabs.pitch, s.corners);
+        if (input)
+          touch(s.corners, count, b.tile_pitch, pixels, nowhere, steps.both + b.slabs.pitch, input,
+                touched);
         next_column = column;
         for (int64_t begin = c; begin < end;) {
           const Block block = block_at(p, begin, end);
@@ -287,7 +342,8 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
                                                     b.output_row + begin;
               const int64_t weight_row = p.in_channels + L;
               const int64_t share_tap = b.slabs.pitch + L;
-              scatter_depthwise(scatter, steps, s.corners, count, b.tile_pitch, pixels, output, b.output_row,
+              scatter_depthwise(scatter, steps, s.corners, special, count, b.tile_pitch, pixels,
+                                output, b.output_row,
                                 shared.weight + (j * taps + tap) * weight_row + begin, weight_row,
                                 share ? share + j * b.share_row + tap * share_tap + begin - slab_begin
                                       : nullptr,
@@ -322,6 +378,7 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
       c = end;
     }
   }
+  if (input) shared.touched[owner] = touched;
 }
 
 /* The sum of a run: 32 interleaved sums, then a tree, so that errors hardly grow with the count. */
@@ -368,17 +425,20 @@ static void sum_bias(const Backward<A> &b, const dcn_tensors &tensors, double *s
   }
 }
 
-/* grad_input of a piece of one slab: the sum of its bands. */
+/* grad_input of a piece of one slab: the sum of its bands, as far as they were touched. */
 template <class A>
-static void finish_input(const Backward<A> &b, const dcn_tensors &tensors, A *input, int64_t image,
-                         int64_t slab, int64_t piece) {
+static void finish_input(const Backward<A> &b, const dcn_tensors &tensors, A *input,
+                         const Range *touched, int64_t image, int64_t slab, int64_t piece) {
   const dcn_params &p = b.p;
   const int64_t first = piece * PACK_PIXELS, pixels = min(PACK_PIXELS, plane_in(p) - first);
   const int64_t from = FrameWalk(b.frame, first).at * b.slabs.pitch;
   const int64_t to = FrameWalk(b.frame, first + pixels - 1).at * b.slabs.pitch + b.slabs.pitch;
+  for (int64_t i = from; i < min(to, touched[0].begin); i++) input[i] = 0;
+  for (int64_t i = max(from, touched[0].end); i < to; i++) input[i] = 0;
   for (int64_t band = 1; band < b.bands; band++) {
     const A *other = input + band * b.plane;
-    for (int64_t i = from; i < to; i++) input[i] += other[i];
+    const int64_t end = min(to, touched[band].end);
+    for (int64_t i = max(from, touched[band].begin); i < end; i++) input[i] += other[i];
   }
   const int64_t begin = b.slabs.begin(slab);
   write_frame(tensors.grad_input, p, b.frame, image, begin, b.slabs.end(p, slab) - begin, first,
@@ -508,7 +568,7 @@ static void prepare(const Backward<A> &b, const dcn_tensors &tensors, const Back
                 p.out_channels / copies, first, pixels,
                 shared.output + ((slot * copies + j) * plane_out(p) + first) * b.output_row,
                 b.output_row);
-  if (!b.direct_output)
+  if (b.need_lines)
     for (int64_t o = 0; o < p.out_channels; o++) {
       const bool nhwc = p.layout == DCN_NHWC;
       const int64_t image = first_image + slot;
@@ -547,7 +607,8 @@ static void backward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, 
       if (slot >= images) return;
       if (task < input_tasks) {
         const int64_t slab = task % b.slabs.count;
-        return finish_input(b, tensors, shared.input + (slot * b.owners() + slab * b.bands) * b.plane,
+        const int64_t owner = slot * b.owners() + slab * b.bands;
+        return finish_input(b, tensors, shared.input + owner * b.plane, shared.touched + owner,
                             first_image + slot, slab, task / b.slabs.count);
       }
       task -= input_tasks;

@@ -38,6 +38,11 @@ static void gemm_registers(int64_t depth, const A *a, int64_t lda, const A *b, i
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
     for (int n = 0; n < N; n++) acc[m][n] = V{};
+  if (accumulate) /* C comes from further away than A and B */
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) prefetch(c + m * ldc + n * L);
   for (int64_t k = 0; k < depth; k++) { /* the hot loop */
     V row[N];
 #pragma GCC unroll 2

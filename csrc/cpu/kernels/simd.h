@@ -9,6 +9,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <utility>
 
 #define DCN_INLINE static inline __attribute__((always_inline))
 
@@ -74,65 +75,118 @@ DCN_INLINE typename Vector<A>::V pick(typename Vector<A>::Mask mask, typename Ve
   return mask ? yes : no;
 }
 
-/* a[i] where the bit `s` of i is clear, else b[i - s]; and a[i + s] where it is clear, else b[i]. */
-template <class A>
-DCN_INLINE void swap_blocks(typename Vector<A>::V &a, typename Vector<A>::V &b, int s) {
-  constexpr int L = Vector<A>::lanes;
-  typename Vector<A>::Mask low, high;
-  for (int i = 0; i < L; i++) {
-    low[i] = i & s ? L + i - s : i;
-    high[i] = i & s ? L + i : i + s;
-  }
-#if defined(__clang__)
-  const typename Vector<A>::V x = a, y = b;
-  for (int i = 0; i < L; i++) {
-    a[i] = low[i] < L ? x[low[i]] : y[low[i] - L];
-    b[i] = high[i] < L ? x[high[i]] : y[high[i] - L];
-  }
-#else
-  const typename Vector<A>::V x = __builtin_shuffle(a, b, low);
-  b = __builtin_shuffle(a, b, high);
-  a = x;
-#endif
+/* Lanes where from[i] == x, in integers as wide as A. */
+template <class A, class I>
+DCN_INLINE typename Vector<A>::Mask lanes_equal(const I *from, I x) {
+  typename Vector<A>::Mask v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v == x;
 }
 
-/* The sums over lanes of four vectors. */
+/* Lanes index(0), index(1), ... of a and b, b's counted on from a's. `index` is a type with a constant
+ * function: lane numbers must be constants, or they are computed every time. */
+template <class A, class Index, size_t... I>
+DCN_INLINE typename Vector<A>::V shuffle(typename Vector<A>::V a, typename Vector<A>::V b,
+                                         std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, Index::at(I)...);
+#else
+  return __builtin_shuffle(a, b, typename Vector<A>::Mask{Index::at(I)...});
+#endif
+}
+template <class A, class Index>
+DCN_INLINE typename Vector<A>::V shuffle(typename Vector<A>::V a, typename Vector<A>::V b) {
+  return shuffle<A, Index>(a, b, std::make_index_sequence<Vector<A>::lanes>());
+}
+
+template <int L, int S> /* a[i] where the bit S of i is clear, else b[i - S] */
+struct LowBlocks {
+  static constexpr int at(int i) { return i & S ? L + i - S : i; }
+};
+template <int L, int S> /* a[i + S] where the bit S of i is clear, else b[i] */
+struct HighBlocks {
+  static constexpr int at(int i) { return i & S ? L + i : i + S; }
+};
+template <int L, int B, int ODD> /* every other lane of each block of B lanes, a's and then b's */
+struct EveryOther {
+  static constexpr int at(int i) {
+    return i / B * B + (i % B < B / 2 ? i % B * 2 : L + i % B * 2 - B) + ODD;
+  }
+};
+template <int S>
+struct Crossed {
+  static constexpr int at(int i) { return i ^ S; }
+};
+
+template <class A, int S>
+DCN_INLINE void swap_blocks(typename Vector<A>::V &a, typename Vector<A>::V &b) {
+  constexpr int L = Vector<A>::lanes;
+  const typename Vector<A>::V low = shuffle<A, LowBlocks<L, S>>(a, b);
+  b = shuffle<A, HighBlocks<L, S>>(a, b);
+  a = low;
+}
+
+/* In every 16 bytes: the sums of a's neighbouring lanes, then of b's. */
+template <class A>
+DCN_INLINE typename Vector<A>::V add_pairs(typename Vector<A>::V a, typename Vector<A>::V b) {
+  constexpr int L = Vector<A>::lanes, B = 16 / sizeof(A);
+  return shuffle<A, EveryOther<L, B, 0>>(a, b) + shuffle<A, EveryOther<L, B, 1>>(a, b);
+}
+
+/* part[q][i] = from[4 i + q]. */
+template <class A>
+DCN_INLINE void load_parts(const A *from, typename Vector<A>::V *part) {
+  constexpr int L = Vector<A>::lanes;
+  typedef EveryOther<L, L, 0> Even;
+  typedef EveryOther<L, L, 1> Odd;
+  const typename Vector<A>::V a = load(from), b = load(from + L);
+  const typename Vector<A>::V c = load(from + 2 * L), d = load(from + 3 * L);
+  part[0] = shuffle<A, Even>(shuffle<A, Even>(a, b), shuffle<A, Even>(c, d));
+  part[1] = shuffle<A, Even>(shuffle<A, Odd>(a, b), shuffle<A, Odd>(c, d));
+  part[2] = shuffle<A, Odd>(shuffle<A, Even>(a, b), shuffle<A, Even>(c, d));
+  part[3] = shuffle<A, Odd>(shuffle<A, Odd>(a, b), shuffle<A, Odd>(c, d));
+}
+
+/* v + v with blocks of S lanes crossed, and so on for larger S: the sum of all parts of S lanes. */
+template <class A, int S>
+DCN_INLINE typename Vector<A>::V add_blocks(typename Vector<A>::V v) {
+  if constexpr (S < Vector<A>::lanes)
+    return add_blocks<A, 2 * S>(v + shuffle<A, Crossed<S>>(v, v));
+  else
+    return v;
+}
+
+/* The sums over lanes of four vectors: eight shuffles and five additions with AVX-512. */
 template <class A>
 DCN_INLINE void sum4(typename Vector<A>::V a, typename Vector<A>::V b, typename Vector<A>::V c,
                      typename Vector<A>::V d, A *out) {
   constexpr int L = Vector<A>::lanes;
-  A lane[2 * L];
-  swap_blocks<A>(a, b, 1);
-  swap_blocks<A>(c, d, 1);
-  a += b;
-  c += d;
-  if (L == 2) {
-    store(lane, a);
-    store(lane + L, c);
+  a = add_pairs<A>(a, b);
+  c = add_pairs<A>(c, d);
+  if constexpr (L == 2) {
+    store(out, a);
+    store(out + 2, c);
   } else {
-    swap_blocks<A>(a, c, 2);
-    a += c;
-#pragma GCC unroll 4
-    for (int s = 4; s < L; s *= 2) {
-      b = a;
-      c = a;
-      swap_blocks<A>(b, c, s);
-      a = b + c;
+    if constexpr (sizeof(A) == 4) {
+      a = add_pairs<A>(a, c);
+    } else {
+      swap_blocks<A, 2>(a, c);
+      a += c;
     }
-    store(lane, a);
+    a = add_blocks<A, 4>(a);
+    __builtin_memcpy(out, &a, 4 * sizeof(A));
   }
-  for (int i = 0; i < 4; i++) out[i] = lane[i];
 }
 
-/* Transposes lanes x lanes values in registers: log2(lanes) rounds that swap blocks of size s. */
-template <class A>
+/* Transposes lanes x lanes values in registers: log2(lanes) rounds that swap blocks of size S. */
+template <class A, int S = 1>
 DCN_INLINE void transpose(typename Vector<A>::V *row) {
   constexpr int L = Vector<A>::lanes;
-#pragma GCC unroll 8
-  for (int s = 1; s < L; s *= 2) {
+  if constexpr (S < L) {
 #pragma GCC unroll 16
     for (int i = 0; i < L; i++)
-      if (!(i & s)) swap_blocks<A>(row[i], row[i + s], s);
+      if (!(i & S)) swap_blocks<A, S>(row[i], row[i + S]);
+    transpose<A, 2 * S>(row);
   }
 }
 
@@ -171,14 +225,24 @@ DCN_INLINE void sum4(A a, A b, A c, A d, A *out) {
 }
 template <class A>
 DCN_INLINE void transpose(A *) {}
+template <class A>
+DCN_INLINE void load_parts(const A *from, A *part) {
+  for (int q = 0; q < 4; q++) part[q] = from[q];
+}
+template <class A, class I>
+DCN_INLINE bool lanes_equal(const I *from, I x) {
+  return *from == x;
+}
 
 #endif
 
 template <class A>
 DCN_INLINE typename Vector<A>::V splat(A x) {
-  typename Vector<A>::V v = {};
-  return v + x;
+  const typename Vector<A>::V zero = {};
+  return x - zero; /* x whatever it is, which x + 0 is not: no addition is left */
 }
+
+DCN_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
 
 template <class T>
 DCN_INLINE T min(T a, T b) {

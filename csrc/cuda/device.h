@@ -12,6 +12,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <string.h>
 
 #include "../bilinear.h"
 #include "dcn_cuda.h"
@@ -79,13 +80,24 @@ struct alignas(16) Pack {
 /* From memory that no thread of the launch writes. */
 template <class T>
 DCN_DEVICE Pack<T> load16(const T *from) {
+  const uint4 words = __ldg(reinterpret_cast<const uint4 *>(from));
   Pack<T> pack;
-  *reinterpret_cast<uint4 *>(&pack) = __ldg(reinterpret_cast<const uint4 *>(from));
+  memcpy(&pack, &words, sizeof(pack));
   return pack;
 }
+/* In assembly because the optimiser takes a plain store of a Pack apart again. */
 template <class T>
 DCN_DEVICE void store16(T *to, const Pack<T> &pack) {
-  __stwb(reinterpret_cast<uint4 *>(to), *reinterpret_cast<const uint4 *>(&pack));
+  uint4 words;
+  memcpy(&words, &pack, sizeof(words));
+#if defined(__CUDACC__)
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(words.x), "r"(words.y), "r"(words.z), "r"(words.w)
+               : "memory");
+#else
+  emulation::access(to, alignof(uint4));
+  memcpy(static_cast<void *>(to), &words, sizeof(words));
+#endif
 }
 
 /* to[i] += v[i] over 16 bytes; any number of threads may add to the same place. */

@@ -122,15 +122,15 @@ struct Corners {
 template <class T>
 DCN_DEVICE void write_columns(T *to, int64_t piece, int32_t pieces,
                               const typename Storage<T>::A *values) {
-  Pack<T> high, low;
-  for (int v = 0; v < Pack<T>::size; v++) {
-    if (pieces == 1)
-      high.at[v] = narrow<T>(values[v]);
-    else
-      split(values[v], &high.at[v], &low.at[v]);
+  Pack<T> high;
+  if (pieces == 1) {
+    for (int v = 0; v < Pack<T>::size; v++) high.at[v] = narrow<T>(values[v]);
+  } else {
+    Pack<T> low;
+    for (int v = 0; v < Pack<T>::size; v++) split(values[v], &high.at[v], &low.at[v]);
+    store16(to + piece, low);
   }
   store16(to, high);
-  if (pieces != 1) store16(to + piece, low);
 }
 
 /* The weight group of a channel; 32-bit divisions are a quarter of 64-bit ones. */
@@ -139,7 +139,7 @@ DCN_DEVICE int64_t group_of(const dcn_params &p, int64_t c) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 3) /* blocks a multiprocessor: at most 80 registers */
     rows_sample(const dcn_params p, const dcn_tensors t, const dcn_cuda_chunk chunk,
                 const Patches patches, int64_t units, int lanes, T *columns) {
   typedef typename Storage<T>::A A;
@@ -192,7 +192,7 @@ DCN_DEVICE void scatter(A *to, A factor, const A *values) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2) /* at most 128 registers */
     rows_backward(const dcn_params p, const dcn_tensors t, const dcn_cuda_chunk chunk,
                   const Patches patches, int64_t units, int lanes,
                   const typename Storage<T>::A *grad_columns, T *columns,

@@ -88,7 +88,14 @@ __global__ void __launch_bounds__(THREADS)
       A *to = grad_input + (p.layout == DCN_NHWC
                                 ? pixel * p.in_channels + c
                                 : (n * p.in_channels + c) * plane + (pixel - n * plane));
-      for (int k = 0; k < V; k++) to[k] += sum[k];
+      if (V == 1) {
+        to[0] += sum[0];
+      } else { /* nobody else writes here: one wide load and store */
+        Pack<A> total;
+        memcpy(&total, to, sizeof(total));
+        for (int k = 0; k < V; k++) total.at[k] += sum[k];
+        store16(to, total);
+      }
     }
   }
 }

@@ -23,7 +23,7 @@
 
 #define DCN_EMULATED 1
 #define __global__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define DCN_DEVICE static inline
 #define DCN_MEMBER inline
 
@@ -89,12 +89,6 @@ static inline N __ldg(const N *from) {
   N value;
   memcpy(&value, from, sizeof(N));
   return value;
-}
-
-template <class N>
-static inline void __stwb(N *to, N value) {
-  emulation::access(to, alignof(N));
-  memcpy(static_cast<void *>(to), &value, sizeof(N));
 }
 
 template <class N>

@@ -352,6 +352,7 @@ def assert_close(actual: dict, expected: dict, dtype: str, note: object = "") ->
         if exact is None:
             assert actual[name] is None, f"{name} should be None; {note}"
             continue
+        assert actual[name] is not None, f"{name} is None; {note}"
         assert actual[name].shape == exact.shape, f"{name}: shape; {note}"
         largest, rms = errors(actual[name], exact, dtype)
         limit = TOLERANCES[dtype][name]

@@ -65,7 +65,10 @@ struct Visit {
         store(input[q] + c, load(input[q] + c) + (TAIL ? keep<A>(lanes, more) : more));
       }
     }
-    const V sample = weight[0] * x[0] + weight[1] * x[1] + weight[2] * x[2] + weight[3] * x[3];
+    /* Begun with 0, each addition has one product to fuse with: whichever gradients are wanted, the
+     * compiler has no choice and rounds alike. */
+    const V sample =
+        V{} + weight[0] * x[0] + weight[1] * x[1] + weight[2] * x[2] + weight[3] * x[3];
     return SPECIAL ? rest * sample : sample;
   }
 };

@@ -47,7 +47,7 @@ constexpr int64_t LARGE_TILE_BYTES = 480 << 10;
 constexpr int64_t LARGE_TILE_PIXELS = 196;
 constexpr int64_t BAND_PIXELS = 512; /* a band has at least this many */
 constexpr int64_t MOST_BANDS = 4;    /* slabs * bands beyond which slabs alone are enough */
-constexpr int64_t SUM_RUN = 512;     /* values of grad_bias summed in A before they go into a double */
+constexpr int64_t SUM_RUN = 512; /* values of grad_bias summed in A before they go into a double */
 constexpr int64_t BIAS_OUTPUTS = 16; /* outputs of one task of grad_bias, weights or grad_weight */
 
 template <class A>
@@ -65,8 +65,9 @@ struct Backward {
   int64_t output_line; /* values of an output of the packed grad_output, if needed */
   int64_t chunk, tile, tiles, bands, wave;
   int64_t tile_pitch; /* pixels between two taps' rows of corners */
-  int64_t share_row; /* grad_weight share: values of one output's row; the packed weights' as well */
-  int64_t pairs;     /* of a slab and an offset group that meet: slab + offset_group numbers them */
+  int64_t
+      share_row; /* grad_weight share: values of one output's row; the packed weights' as well */
+  int64_t pairs; /* of a slab and an offset group that meet: slab + offset_group numbers them */
   int64_t pack_tasks, output_tasks, bias_tasks;
   int64_t pieces; /* of BIAS_OUTPUTS outputs, of a group */
 
@@ -75,8 +76,7 @@ struct Backward {
     need_samples_gradient = wanted & (DCN_GRAD_OFFSET | DCN_GRAD_MASK);
     need_weight = wanted & DCN_GRAD_WEIGHT;
     need_bias = wanted & DCN_GRAD_BIAS;
-    direct_output =
-        p.layout == DCN_NCHW && p.dtype == (sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
+    direct_output = p.layout == DCN_NCHW && p.dtype == (sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
     need_lines = need_weight && !is_depthwise(p) && !direct_output;
     small = is_small<A>(p, frame, slabs.pitch);
     plane = frame.pixels * slabs.pitch + LINE / (int64_t)sizeof(A);
@@ -251,8 +251,8 @@ static void add_sample_gradients(const Corners<A> &corners, const A *products, i
       load_parts<A>(products + 4 * at, d);
       const V ly = load(corners.fraction[0] + at), lx = load(corners.fraction[1] + at);
       const V m = load(corners.mask + at), nan = load(corners.weight[0] + at), one = splat(A(1));
-      const V value = (one - ly) * ((one - lx) * d[0] + lx * d[1]) +
-                      ly * ((one - lx) * d[2] + lx * d[3]);
+      const V value =
+          (one - ly) * ((one - lx) * d[0] + lx * d[1]) + ly * ((one - lx) * d[2] + lx * d[3]);
       const V dy = m * ((one - lx) * (d[2] - d[0]) + lx * (d[3] - d[1]));
       const V dx = m * ((one - ly) * (d[1] - d[0]) + ly * (d[3] - d[2]));
       const auto inside = lanes_equal<A, I>(corners.state + at, INSIDE);
@@ -288,8 +288,9 @@ static void touch(const Corners<A> &corners, int64_t taps, int64_t tile, int64_t
 
 template <class A>
 static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
-                          const BackwardShared<A> &shared, int64_t image, int64_t slot, int64_t slab,
-                          int64_t band, bool first_wave, const BackwardScratch<A> &s) {
+                          const BackwardShared<A> &shared, int64_t image, int64_t slot,
+                          int64_t slab, int64_t band, bool first_wave,
+                          const BackwardScratch<A> &s) {
   const dcn_params &p = b.p;
   constexpr int64_t L = Vector<A>::lanes;
   const int64_t taps = taps_of(p), outputs = group_out(p), all_pixels = plane_out(p);
@@ -313,7 +314,8 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
   for (int64_t tile = first_tile; tile < last_tile; tile++) {
     const int64_t first = tile * b.tile, pixels = min(b.tile, all_pixels - first);
     tile_positions(p, first, pixels, s.tile);
-    int64_t column = 0; /* of the offset group's first block in the slab's packed weights and shares */
+    int64_t column =
+        0; /* of the offset group's first block in the slab's packed weights and shares */
     for (int64_t c = slab_begin; c < slab_end;) {
       const int64_t offset_group = c / offset_group_in(p);
       const int64_t end = min(slab_end, (offset_group + 1) * offset_group_in(p));
@@ -321,9 +323,9 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
       int64_t next_column = column;
       for (int64_t tap = 0; tap < taps; tap += b.chunk) {
         const int64_t count = min(b.chunk, taps - tap);
-        const bool special = chunk_corners<A, true>(p, tensors, b.frame, b.small, image,
-                                                    offset_group, tap, count, first, pixels,
-                                                    b.tile_pitch, s.tile, b.slabs.pitch, s.corners);
+        const bool special =
+            chunk_corners<A, true>(p, tensors, b.frame, b.small, image, offset_group, tap, count,
+                                   first, pixels, b.tile_pitch, s.tile, b.slabs.pitch, s.corners);
         if (input)
           touch(s.corners, count, b.tile_pitch, pixels, nowhere, steps.both + b.slabs.pitch, input,
                 touched);
@@ -338,29 +340,31 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
             scatter.products = b.need_samples_gradient ? s.products : nullptr;
             scatter.channels = block.count;
             if (depthwise) {
-              const A *output = shared.output + ((slot * outputs + j) * all_pixels + first) *
-                                                    b.output_row + begin;
+              const A *output = shared.output +
+                                ((slot * outputs + j) * all_pixels + first) * b.output_row + begin;
               const int64_t weight_row = p.in_channels + L;
               const int64_t share_tap = b.slabs.pitch + L;
-              scatter_depthwise(scatter, steps, s.corners, special, count, b.tile_pitch, pixels,
-                                output, b.output_row,
-                                shared.weight + (j * taps + tap) * weight_row + begin, weight_row,
-                                share ? share + j * b.share_row + tap * share_tap + begin - slab_begin
-                                      : nullptr,
-                                share_tap);
+              scatter_depthwise(
+                  scatter, steps, s.corners, special, count, b.tile_pitch, pixels, output,
+                  b.output_row, shared.weight + (j * taps + tap) * weight_row + begin, weight_row,
+                  share ? share + j * b.share_row + tap * share_tap + begin - slab_begin : nullptr,
+                  share_tap);
             } else {
-              const int64_t chunk_column = next_column + tap / b.chunk * b.chunk_columns(block.count);
+              const int64_t chunk_column =
+                  next_column + tap / b.chunk * b.chunk_columns(block.count);
               const int64_t vectors = ceil_div(count * block.count, L);
               const A *output = shared.output + (slot * all_pixels + first) * b.output_row +
                                 block.group * outputs;
               if (b.need_columns_gradient())
-                gemm(pixels, vectors, outputs, output, b.output_row, weight + chunk_column * outputs,
-                     2 * L, outputs * 2 * L, s.columns, b.columns_row, false);
+                gemm(pixels, vectors, outputs, output, b.output_row,
+                     weight + chunk_column * outputs, 2 * L, outputs * 2 * L, s.columns,
+                     b.columns_row, false);
               scatter_block(scatter, steps, s.corners, special, count, b.tile_pitch, pixels,
                             s.columns, b.columns_row, b.need_weight);
               if (share)
-                gemm(outputs, vectors, pixels, lines.at + block.group * outputs * lines.pitch + first,
-                     lines.pitch, s.columns, b.columns_row, 2 * L, share + chunk_column, b.share_row,
+                gemm(outputs, vectors, pixels,
+                     lines.at + block.group * outputs * lines.pitch + first, lines.pitch, s.columns,
+                     b.columns_row, 2 * L, share + chunk_column, b.share_row,
                      !first_wave || tile > first_tile);
             }
             if (b.need_samples_gradient) {
@@ -462,7 +466,8 @@ static void finish_samples(const Backward<A> &b, const dcn_tensors &tensors, con
       bool started = false;
       for (int64_t slab = 0; slab < b.slabs.count; slab++) {
         if (b.slabs.end(p, slab) <= begin || b.slabs.begin(slab) >= end) continue;
-        const A *from = sums + ((slab + offset_group) * 3 + part) * taps * plane + tap * plane + first;
+        const A *from =
+            sums + ((slab + offset_group) * 3 + part) * taps * plane + tap * plane + first;
         for (int64_t i = 0; i < count; i++) row[i] = started ? row[i] + from[i] : from[i];
         started = true;
       }
@@ -536,9 +541,9 @@ static void backward_plan(const dcn_params &p, int wanted, dcn_cpu_plan *plan) {
 
 /* Phase 0. */
 template <class A>
-static void prepare(const Backward<A> &b, const dcn_tensors &tensors, const BackwardShared<A> &shared,
-                    int64_t wave, int64_t first_image, int64_t images, int64_t task,
-                    const BackwardScratch<A> &s) {
+static void prepare(const Backward<A> &b, const dcn_tensors &tensors,
+                    const BackwardShared<A> &shared, int64_t wave, int64_t first_image,
+                    int64_t images, int64_t task, const BackwardScratch<A> &s) {
   const dcn_params &p = b.p;
   if (task < b.bias_tasks)
     return sum_bias(b, tensors, shared.bias, task, first_image, images, wave == 0,
@@ -557,8 +562,8 @@ static void prepare(const Backward<A> &b, const dcn_tensors &tensors, const Back
   if (slot >= images) return;
   if (task < b.pack_tasks) {
     const int64_t slab = task % b.slabs.count;
-    return pack_slab(p, b.slabs, b.frame, tensors.input, first_image + slot, slab, task / b.slabs.count,
-                     shared.slabs + (slot * b.slabs.count + slab) * b.plane);
+    return pack_slab(p, b.slabs, b.frame, tensors.input, first_image + slot, slab,
+                     task / b.slabs.count, shared.slabs + (slot * b.slabs.count + slab) * b.plane);
   }
   const int64_t first = (task - b.pack_tasks) * PACK_PIXELS;
   const int64_t pixels = min(PACK_PIXELS, plane_out(p) - first);
@@ -592,11 +597,13 @@ static void backward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, 
   const int64_t first_image = wave * b.wave;
   const int64_t images = max((int64_t)0, min(b.wave, p.batch - first_image));
   switch (phase) {
-    case 0: return prepare(b, tensors, shared, wave, first_image, images, task, s);
+    case 0:
+      return prepare(b, tensors, shared, wave, first_image, images, task, s);
     case 1: {
       const int64_t slot = task / b.owners(), slab = task % b.owners() / b.bands;
       if (slot < images)
-        backward_band(b, tensors, shared, first_image + slot, slot, slab, task % b.bands, wave == 0, s);
+        backward_band(b, tensors, shared, first_image + slot, slot, slab, task % b.bands, wave == 0,
+                      s);
       return;
     }
     case 2: {

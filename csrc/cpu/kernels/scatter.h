@@ -35,7 +35,8 @@ struct Visit {
   V weight[4], rest;
   V products[4]; /* not yet summed over lanes */
 
-  inline __attribute__((always_inline)) Visit(const Scatter<A> &s, const Steps &steps, const Corners<A> &corners, int64_t at) {
+  inline __attribute__((always_inline)) Visit(const Scatter<A> &s, const Steps &steps,
+                                              const Corners<A> &corners, int64_t at) {
     const int64_t corner = corners.at[at], step[4] = {0, steps.right, steps.down, steps.both};
 #pragma GCC unroll 4
     for (int q = 0; q < 4; q++) {
@@ -75,7 +76,8 @@ struct Visit {
 
 /* One sample exactly at -1: no value, nothing to scatter, but a derivative. `h` is a function of c. */
 template <class A, class H>
-static void edge_products(const Scatter<A> &s, const Steps &steps, int64_t corner, H h, A *products) {
+static void edge_products(const Scatter<A> &s, const Steps &steps, int64_t corner, H h,
+                          A *products) {
   const int64_t step[4] = {0, steps.right, steps.down, steps.both};
   for (int q = 0; q < 4; q++) {
     const A *v = s.slab + corner + step[q];
@@ -103,8 +105,8 @@ static void scatter_pixels(const Scatter<A> &block, const Steps &block_steps,
     for (int64_t t = 0, at = i; t < taps; t++, at += tile, h += s.channels) {
       if (corners.state[at] == EDGE) {
         if (PRODUCTS)
-          edge_products(s, steps, corners.at[at], [h](int64_t c) { return h[c]; },
-                        s.products + 4 * at);
+          edge_products(
+              s, steps, corners.at[at], [h](int64_t c) { return h[c]; }, s.products + 4 * at);
         if (COLUMNS)
           for (int64_t c = 0; c < s.channels; c++) h[c] = 0 * corners.rest[at];
         continue;
@@ -112,8 +114,8 @@ static void scatter_pixels(const Scatter<A> &block, const Steps &block_steps,
       Visit<A> visit(s, steps, corners, at);
 #pragma GCC unroll 4
       for (int64_t v = 0; v < whole; v++) { /* the hot loop */
-        const V sample = visit.template channels<PRODUCTS, INPUT, SPECIAL, false>(
-            v * L, load(h + v * L), lanes);
+        const V sample =
+            visit.template channels<PRODUCTS, INPUT, SPECIAL, false>(v * L, load(h + v * L), lanes);
         if (COLUMNS) store(h + v * L, sample);
       }
       if (tail) {
@@ -133,15 +135,19 @@ template <class A, bool PRODUCTS, bool INPUT, bool COLUMNS>
 static void scatter_vectors(const Scatter<A> &s, const Steps &steps, const Corners<A> &corners,
                             bool special, int64_t taps, int64_t tile, int64_t pixels, A *columns,
                             int64_t pitch) {
-#define DCN_CASE(V, SPECIAL)                                                                      \
-  return scatter_pixels<A, PRODUCTS, INPUT, COLUMNS, V, SPECIAL>(s, steps, corners, taps, tile,   \
+#define DCN_CASE(V, SPECIAL)                                                                    \
+  return scatter_pixels<A, PRODUCTS, INPUT, COLUMNS, V, SPECIAL>(s, steps, corners, taps, tile, \
                                                                  pixels, columns, pitch)
   if (special) DCN_CASE(-1, true);
   if (PRODUCTS && INPUT && COLUMNS) switch (s.channels / Vector<A>::lanes) {
-      case 1: DCN_CASE(1, false);
-      case 2: DCN_CASE(2, false);
-      case 3: DCN_CASE(3, false);
-      case 4: DCN_CASE(4, false);
+      case 1:
+        DCN_CASE(1, false);
+      case 2:
+        DCN_CASE(2, false);
+      case 3:
+        DCN_CASE(3, false);
+      case 4:
+        DCN_CASE(4, false);
     }
   DCN_CASE(-1, false);
 #undef DCN_CASE
@@ -191,8 +197,9 @@ static void scatter_depthwise_pixels(const Scatter<A> &block, const Steps &block
     for (int64_t t = 0, at = i; t < taps; t++, at += tile, w += weight_row, sum += share_row) {
       if (corners.state[at] == EDGE) {
         if (PRODUCTS)
-          edge_products(s, steps, corners.at[at],
-                        [output, w](int64_t c) { return output[c] * w[c]; }, s.products + 4 * at);
+          edge_products(
+              s, steps, corners.at[at], [output, w](int64_t c) { return output[c] * w[c]; },
+              s.products + 4 * at);
         if (SHARE)
           for (int64_t c = 0; c < s.channels; c++) sum[c] += output[c] * (0 * corners.rest[at]);
         continue;
@@ -225,16 +232,20 @@ static void scatter_depthwise_vectors(const Scatter<A> &s, const Steps &steps,
                                       int64_t tile, int64_t pixels, const A *output,
                                       int64_t output_row, const A *weight, int64_t weight_row,
                                       A *share, int64_t share_row) {
-#define DCN_CASE(V, SPECIAL)                                                             \
-  return scatter_depthwise_pixels<A, PRODUCTS, INPUT, SHARE, V, SPECIAL>(                \
+#define DCN_CASE(V, SPECIAL)                                                                \
+  return scatter_depthwise_pixels<A, PRODUCTS, INPUT, SHARE, V, SPECIAL>(                   \
       s, steps, corners, taps, tile, pixels, output, output_row, weight, weight_row, share, \
       share_row)
   if (special) DCN_CASE(-1, true);
   if (PRODUCTS && INPUT && SHARE) switch (s.channels / Vector<A>::lanes) {
-      case 1: DCN_CASE(1, false);
-      case 2: DCN_CASE(2, false);
-      case 3: DCN_CASE(3, false);
-      case 4: DCN_CASE(4, false);
+      case 1:
+        DCN_CASE(1, false);
+      case 2:
+        DCN_CASE(2, false);
+      case 3:
+        DCN_CASE(3, false);
+      case 4:
+        DCN_CASE(4, false);
     }
   DCN_CASE(-1, false);
 #undef DCN_CASE
@@ -245,7 +256,7 @@ static void scatter_depthwise(const Scatter<A> &s, const Steps &steps, const Cor
                               bool special, int64_t taps, int64_t tile, int64_t pixels,
                               const A *output, int64_t output_row, const A *weight,
                               int64_t weight_row, A *share, int64_t share_row) {
-#define DCN_WANTED(P, I, S)                                                                   \
+#define DCN_WANTED(P, I, S)                                                                     \
   scatter_depthwise_vectors<A, P, I, S>(s, steps, corners, special, taps, tile, pixels, output, \
                                         output_row, weight, weight_row, share, share_row)
   if (share) {

@@ -9,6 +9,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+
 #include <utility>
 
 #define DCN_INLINE static inline __attribute__((always_inline))

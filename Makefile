@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint format wheel docs clean distclean
+.PHONY: help demo test test-timing bench bench-asv lint format wheel docs clean distclean
 
 # The first Python on the path that is new enough; none leaves PYTHON empty, and venv says so.
 PYTHON ?= $(shell for python in python3 python3.15 python3.14 python3.13 python3.12 python3.11; do \
@@ -29,7 +29,8 @@ export GOMP_SPINCOUNT ?= 0
 help:
 	@echo "make demo    train on real digits: what deformable convolution buys (ARGS=--full: 3 seeds)"
 	@echo "make test    all tests (ARGS='-k lattice -x')"
-	@echo "make bench   the speed of this machine"
+	@echo "make bench   the speed of this machine against a plain convolution, by class of layers"
+	@echo "make bench-asv   the last commit's benchmarks and their pages (ARGS='history -n 5')"
 	@echo "make lint    ruff, clang-format, cython-lint, mypy; make format repairs what it can"
 	@echo "make wheel   dist/*.tar.gz and dist/*.whl"
 	@echo "make docs    docs/_build/html"
@@ -41,8 +42,15 @@ demo: $(VENV)/built
 test: $(VENV)/built
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-timing: $(VENV)/built
+	@$(BIN)/python -m pytest -m timing $(ARGS)
+
 bench: $(VENV)/built
-	@$(BIN)/python -m dcnlib bench $(ARGS)
+	@$(BIN)/python asv_bench/ratios.py $(ARGS)
+
+bench-asv: $(VENV)/asv
+	@$(BIN)/python asv_bench/run.py $(or $(ARGS),quick)
+	@$(BIN)/python asv_bench/publish.py
 
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc' \
 	-o -name '*.cu' -o -name '*.cuh')
@@ -117,6 +125,11 @@ $(VENV)/packages: $(VENV)/made pyproject.toml
 $(VENV)/built: $(VENV)/packages $(SOURCES)
 	@echo "[3/3] dcnlib: compiling the kernels, a minute or two"
 	@$(PIP) --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/asv: $(VENV)/made pyproject.toml
+	@$(call requirements,bench) > $(VENV)/requirements-bench.txt
+	@$(PIP) --quiet -r $(VENV)/requirements-bench.txt
 	@touch $@
 
 $(VENV)/tools: $(VENV)/made pyproject.toml

@@ -128,7 +128,7 @@ def test_openmp_runtime_names(path, found):
 class TestBench:
     def test_rows(self, timings):
         names = [(row["layer"], row["pass"]) for row in timings["rows"]]
-        assert names == [(str(layer), p) for layer in TINY for p in _bench._PASSES]
+        assert names == [(str(layer), p) for layer in TINY for p in _bench.PASSES]
         for row in timings["rows"]:
             assert row["ms"] > 0
             assert row["gflops"] > 0

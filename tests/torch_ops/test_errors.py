@@ -288,7 +288,8 @@ def test_freed_memory(tensor, call):
     # The backward pass does not read the bias.
     op = "deform_conv2d" if tensor == "bias" else "deform_conv2d_backward"
     text = (
-        f"{op}: {tensor}: its memory has been freed, all or in part; expected {size} bytes of storage, got 0 bytes"
+        f"{op}: {tensor}: its memory has been freed, all or in part; "
+        f"expected {size} bytes of storage, got 0 bytes"
     )
     with pytest.raises(ValueError, match=text):
         call(op, request)
@@ -305,7 +306,11 @@ def test_backend(backend, error, text):
     for change in (torch.Tensor.cpu, lambda t: t.to("meta"), torch.Tensor.numpy):
         arguments = testing.lattice(hostile.GEOMETRIES["single"], 0).to_torch()[:3]
         for op in ALL:
-            first = [change(torch.ones(1, 2, 1, 1, dtype=torch.float64))] if op.endswith("backward") else []
+            first = (
+                [change(torch.ones(1, 2, 1, 1, dtype=torch.float64))]
+                if op.endswith("backward")
+                else []
+            )
             with pytest.raises(error, match=f"{op}: backend: {text}"):
                 getattr(dcnlib, op)(*first, *map(change, arguments), backend=backend)
     if isinstance(backend, str):

@@ -95,7 +95,9 @@ def _count_instructions(tools: Toolkit, cubin: Path, rows: dict[str, dict[str, s
     for part in code.split("Function : ")[1:]:
         name = part.split(maxsplit=1)[0]
         found: Counter[str] = Counter()
-        for instruction in re.findall(r"^\s+/\*\w{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", part, re.M):
+        for instruction in re.findall(
+            r"^\s+/\*\w{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", part, re.M
+        ):
             for column, prefixes in CODE.items():
                 found[column] += instruction.startswith(prefixes)
         rows[name] |= {column: str(found[column]) for column in CODE}
@@ -126,9 +128,7 @@ def committed() -> tuple[str, dict[str, dict[str, str]]]:
     }
 
 
-def differences(
-    found: dict[str, dict[str, str]], expected: dict[str, dict[str, str]]
-) -> list[str]:
+def differences(found: dict[str, dict[str, str]], expected: dict[str, dict[str, str]]) -> list[str]:
     """What is not as expected; a "-" stands for anything."""
     lines = [f"{kernel}: not in the table" for kernel in sorted(found.keys() - expected.keys())]
     lines += [f"{kernel}: is gone" for kernel in sorted(expected.keys() - found.keys())]

@@ -198,24 +198,28 @@ class CudaMissing(Exception):
 
 
 def find_toolkit() -> tuple[str, str]:
-    """nvcc, of a toolkit that can link a program, and its libcudart_static.a."""
-    environment = os.environ
-    named = [environment.get("CUDACXX"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
-    for position, name in enumerate(("CUDA_HOME", "CUDA_PATH"), 1):
-        root = environment.get(name)
-        named.insert(position, root and f"{root}/bin/nvcc")
-    packages = [Path(folder) / "nvidia" for folder in sys.path if folder]
-    candidates = [Path(path) for path in named if path]
-    candidates += [path for folder in packages for path in sorted(folder.glob("cu1*/bin/nvcc"))]
+    """nvcc, of a toolkit that can link a program, and its libcudart_static.a.
+
+    A toolkit that the environment names is the only one asked.
+    """
+    suffixes = {"CUDACXX": "", "CUDA_HOME": "/bin/nvcc", "CUDA_PATH": "/bin/nvcc"}
+    for name, suffix in suffixes.items():
+        if root := os.environ.get(name):
+            candidates = [Path(root + suffix)]
+            if not candidates[0].exists():
+                raise CudaMissing(f"{name}={root} does not exist")
+            break
+    else:
+        candidates = [Path(shutil.which("nvcc") or "nvcc"), Path("/usr/local/cuda/bin/nvcc")]
+        candidates += [p for f in sys.path for p in Path(f or ".").glob("nvidia/cu1*/bin/nvcc")]
     reason = (
         "no nvcc was found (CUDACXX, CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, pip); "
         'python -m pip install "cuda-toolkit[nvcc,cudart,cccl]==13.0.*" brings one'
     )
-    for nvcc in candidates:
-        if not nvcc.exists():
-            continue
-        libraries = [*nvcc.parents[1].glob("lib*/libcudart_static.a"),
-                     *nvcc.parents[1].glob("targets/*/lib/libcudart_static.a")]  # fmt: skip
+    for nvcc in filter(Path.exists, candidates):
+        root = nvcc.parents[1]
+        libraries = [*root.glob("lib*/libcudart_static.a"),
+                     *root.glob("targets/*/lib/libcudart_static.a")]  # fmt: skip
         if not libraries:
             reason = f"{nvcc} has no libcudart_static.a beside it"
             continue

@@ -66,10 +66,17 @@ void encode(int dtype, double value, char *to) {
   const __half h = __float2half_rn(f);
   const __nv_bfloat16 b = __float2bfloat16_rn(f);
   switch (dtype) {
-    case DCN_FLOAT32: memcpy(to, &f, 4); break;
-    case DCN_FLOAT64: memcpy(to, &value, 8); break;
-    case DCN_FLOAT16: memcpy(to, &h, 2); break;
-    default: memcpy(to, &b, 2);
+    case DCN_FLOAT32:
+      memcpy(to, &f, 4);
+      break;
+    case DCN_FLOAT64:
+      memcpy(to, &value, 8);
+      break;
+    case DCN_FLOAT16:
+      memcpy(to, &h, 2);
+      break;
+    default:
+      memcpy(to, &b, 2);
   }
 }
 
@@ -79,10 +86,18 @@ double decode(int dtype, const char *from) {
   __half h;
   __nv_bfloat16 b;
   switch (dtype) {
-    case DCN_FLOAT32: memcpy(&f, from, 4); return f;
-    case DCN_FLOAT64: memcpy(&d, from, 8); return d;
-    case DCN_FLOAT16: memcpy(&h, from, 2); return __half2float(h);
-    default: memcpy(&b, from, 2); return __bfloat162float(b);
+    case DCN_FLOAT32:
+      memcpy(&f, from, 4);
+      return f;
+    case DCN_FLOAT64:
+      memcpy(&d, from, 8);
+      return d;
+    case DCN_FLOAT16:
+      memcpy(&h, from, 2);
+      return __half2float(h);
+    default:
+      memcpy(&b, from, 2);
+      return __bfloat162float(b);
   }
 }
 
@@ -184,12 +199,20 @@ Call random_call(Random &r, int dtype, bool rows) {
   fill(call.offset, p.batch * 2 * G * K * call.plane(), [&]() -> double {
     const double infinity = std::numeric_limits<double>::infinity();
     switch (r.below(24)) {
-      case 0: return NOT_A_NUMBER;
-      case 1: return r.chance(50) ? infinity : -infinity;
-      case 2: return r.chance(50) ? 8192 : -8192;
-      case 3: return r.chance(50) ? 1e30 : -1e30;
-      case 4: case 5: case 6: return r.between(-3, 3);
-      default: return r.between(-24, 24) / 8.0;
+      case 0:
+        return NOT_A_NUMBER;
+      case 1:
+        return r.chance(50) ? infinity : -infinity;
+      case 2:
+        return r.chance(50) ? 8192 : -8192;
+      case 3:
+        return r.chance(50) ? 1e30 : -1e30;
+      case 4:
+      case 5:
+      case 6:
+        return r.between(-3, 3);
+      default:
+        return r.between(-24, 24) / 8.0;
     }
   });
   /* Some exactly at -1 and at the far border. */
@@ -198,8 +221,9 @@ Call random_call(Random &r, int dtype, bool rows) {
     const int64_t pixel = i % call.plane(), channel = i / call.plane();
     const int64_t tap = channel / 2 % K;
     const bool y = channel % 2 == 0;
-    const int64_t base = y ? pixel / p.out_w * p.stride_h - p.pad_top + tap / p.kernel_w * p.dilation_h
-                           : pixel % p.out_w * p.stride_w - p.pad_left + tap % p.kernel_w * p.dilation_w;
+    const int64_t base =
+        y ? pixel / p.out_w * p.stride_h - p.pad_top + tap / p.kernel_w * p.dilation_h
+          : pixel % p.out_w * p.stride_w - p.pad_left + tap % p.kernel_w * p.dilation_w;
     call.offset[i] = (r.chance(60) ? -1 : y ? p.in_h : p.in_w) - base;
   }
   call.has_mask = r.chance(70);
@@ -233,10 +257,10 @@ Hat hat(const Call &call, int64_t n, int64_t g, int64_t tap, int64_t pixel) {
   const int64_t channel = (n * p.offset_groups + g) * call.taps() + tap;
   const double dy = rounded(p.dtype, call.offset[2 * channel * call.plane() + pixel]);
   const double dx = rounded(p.dtype, call.offset[(2 * channel + 1) * call.plane() + pixel]);
-  const double py = (double)(pixel / p.out_w * p.stride_h - p.pad_top +
-                             tap / p.kernel_w * p.dilation_h) + dy;
-  const double px = (double)(pixel % p.out_w * p.stride_w - p.pad_left +
-                             tap % p.kernel_w * p.dilation_w) + dx;
+  const double py =
+      (double)(pixel / p.out_w * p.stride_h - p.pad_top + tap / p.kernel_w * p.dilation_h) + dy;
+  const double px =
+      (double)(pixel % p.out_w * p.stride_w - p.pad_left + tap % p.kernel_w * p.dilation_w) + dx;
   Hat h = {};
   h.nan = py != py || px != px;
   if (h.nan || py < -1 || px < -1 || py >= (double)p.in_h || px >= (double)p.in_w) return h;
@@ -256,7 +280,8 @@ double pixel_value(const Call &call, int64_t n, int64_t c, int64_t y, int64_t x)
 /* Index of a column, or of a grad_column (one piece). */
 int64_t column(const Call &call, const dcn_cuda_chunk &chunk, int pieces, int64_t c, int piece,
                int64_t tap, int64_t i) {
-  const int64_t group_in = call.p.in_channels / call.p.groups, g = c / group_in, rest = c % group_in;
+  const int64_t group_in = call.p.in_channels / call.p.groups, g = c / group_in,
+                rest = c % group_in;
   if (chunk.order == DCN_ROWS)
     return (((g * chunk.count + i) * pieces + piece) * call.taps() + tap) * group_in + rest;
   return (((g * pieces + piece) * group_in + rest) * call.taps() + tap) * chunk.count + i;
@@ -308,8 +333,7 @@ void run_chunk(const Call &call, const dcn_cuda_chunk &chunk, const dcn_cuda_lau
             v[q] = h.slopes ? pixel_value(call, n, c, h.y + q / 2, h.x + q % 2) : 0;
             w[q] = (q / 2 ? h.ly : 1 - h.ly) * (q % 2 ? h.lx : 1 - h.lx);
           }
-          const double s =
-              h.value ? w[0] * v[0] + w[1] * v[1] + w[2] * v[2] + w[3] * v[3] : 0;
+          const double s = h.value ? w[0] * v[0] + w[1] * v[1] + w[2] * v[2] + w[3] * v[3] : 0;
           columns[column(call, chunk, 1, c, 0, tap, i)] = h.nan ? NOT_A_NUMBER : m * s;
           const double up = grad_columns[column(call, chunk, 1, c, 0, tap, i)];
           in_mask += up * s;
@@ -349,14 +373,14 @@ void run_chunk(const Call &call, const dcn_cuda_chunk &chunk, const dcn_cuda_lau
 
   /* Between tensors and matrices. */
   const int64_t O = p.out_channels, per_group = O / p.groups;
-  Values product(O * chunk.count), want_output(call.pixels() * O, NOT_A_NUMBER), want_packed(O * chunk.count);
+  Values product(O * chunk.count), want_output(call.pixels() * O, NOT_A_NUMBER),
+      want_packed(O * chunk.count);
   for (int64_t o = 0; o < O; o++)
     for (int64_t i = 0; i < chunk.count; i++) {
       const int64_t pixel = (chunk.first + i) % plane, n = (chunk.first + i) / plane;
       const double value = (double)r.between(-2000, 2000) / 8;
-      product[p.layout == DCN_NHWC
-                  ? (o / per_group * chunk.count + i) * per_group + o % per_group
-                  : o * chunk.count + i] = value;
+      product[p.layout == DCN_NHWC ? (o / per_group * chunk.count + i) * per_group + o % per_group
+                                   : o * chunk.count + i] = value;
       want_output[place(p.layout, O, plane, n, o, pixel)] = value + call.bias[o];
       want_packed[o * chunk.count + i] = call.grad_output[(n * O + o) * plane + pixel];
     }
@@ -390,7 +414,8 @@ void run_chunk(const Call &call, const dcn_cuda_chunk &chunk, const dcn_cuda_lau
   for (int64_t e = 0; e < entries; e++)
     key[e] = wide ? ((const int64_t *)raw.data())[e] : ((const int32_t *)raw.data())[e];
   std::iota(entry.begin(), entry.end(), 0);
-  std::stable_sort(entry.begin(), entry.end(), [&](int64_t a, int64_t b) { return key[a] < key[b]; });
+  std::stable_sort(entry.begin(), entry.end(),
+                   [&](int64_t a, int64_t b) { return key[a] < key[b]; });
   for (int64_t e = 0; e < entries; e++) {
     if (wide)
       ((int64_t *)raw.data())[e] = key[entry[e]];
@@ -449,7 +474,8 @@ struct Reserved {
     std::vector<float> got(values.size());
     check(cudaMemcpy(got.data(), address + 4 * index, 4 * got.size(), cudaMemcpyDeviceToHost),
           "cudaMemcpy");
-    compare(what, DCN_FLOAT32, Values(values.begin(), values.end()), Values(got.begin(), got.end()));
+    compare(what, DCN_FLOAT32, Values(values.begin(), values.end()),
+            Values(got.begin(), got.end()));
   }
 };
 
@@ -461,7 +487,8 @@ void large_input(bool rows, int layout) {
   p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = p.groups = p.offset_groups = 1;
   p.in_channels = 4;
   p.in_h = p.in_w = 23200;
-  p.pad_top = -(p.in_h - 2), p.pad_left = -(p.in_w - 2); /* the tap stands there without an offset */
+  p.pad_top = -(p.in_h - 2),
+  p.pad_left = -(p.in_w - 2); /* the tap stands there without an offset */
   p.dtype = DCN_FLOAT32, p.layout = layout;
   const dcn_cuda_chunk chunk = {0, 1, 0, rows ? DCN_ROWS : DCN_PLANAR, 1};
   const dcn_cuda_launch where = {nullptr, 0, 4096};
@@ -512,7 +539,8 @@ void large_output(bool rows, int layout) {
   p.batch = 3, p.in_channels = 4, p.out_channels = 3;
   p.in_h = p.in_w = 1;
   p.out_h = p.out_w = 27000;
-  p.pad_top = p.out_h - 1, p.pad_left = p.out_w - 1; /* the last pixel of each image reads the one there is */
+  p.pad_top = p.out_h - 1,
+  p.pad_left = p.out_w - 1; /* the last pixel of each image reads the one there is */
   p.dtype = DCN_FLOAT32, p.layout = layout;
   const int64_t plane = p.out_h * p.out_w, pixels = 3 * plane;
   const dcn_cuda_chunk chunk = {pixels - 1, 1, 2, rows ? DCN_ROWS : DCN_PLANAR, 1};

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
+_NOTE = Path(__file__).with_name("not_built.txt")
 _CPU = "move the tensors to the CPU with .cpu() and dcnlib runs there"
 #: cudaErrorInsufficientDriver and cudaErrorNoDevice, as counting the devices reports them.
 _INSUFFICIENT_DRIVER, _NO_DEVICE = 35, 100
@@ -34,7 +35,7 @@ def core(emulate: bool) -> ModuleType | str:
         from . import _core
     except ImportError as error:
         if importlib.util.find_spec(f"{__package__}._core") is None:
-            return f"this dcnlib was built without its CUDA part: {_build_reason()}"
+            return _not_built()
         return f"the CUDA part does not load: {error}"
     return _core
 
@@ -114,13 +115,13 @@ def describe() -> str:
     return "; ".join(lines)
 
 
-def _build_reason() -> str:
-    """Why setup.py left it out, as it noted then."""
-    note = Path(__file__).with_name("not_built.txt")
+def _not_built() -> str:
+    """Why setup.py left the compiled part out, as it noted then."""
     try:
-        return note.read_text().strip()
+        reason = _NOTE.read_text().strip()
     except OSError:
-        return "no reason was noted"
+        reason = "no reason was noted"
+    return f"this dcnlib was built without its CUDA part: {reason}"
 
 
 def _version(number: int) -> str:

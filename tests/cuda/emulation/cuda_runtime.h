@@ -105,9 +105,14 @@ static inline float4 atomicAdd(float4 *to, float4 value) {
 }
 
 typedef int cudaError_t;
-enum { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2,
-       cudaErrorInvalidConfiguration = 9,
-       cudaErrorInvalidDevice = 101, cudaErrorLaunchFailure = 719 };
+enum {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorLaunchFailure = 719
+};
 
 struct cudaDeviceProp {
   char name[256];

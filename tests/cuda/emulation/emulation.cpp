@@ -9,8 +9,6 @@
  *   3 random    any; blocks shuffled
  *   4 preempt   random, and threads also stop at 16-byte loads and reductions
  */
-#include "cuda_runtime.h"
-
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,6 +16,8 @@
 
 #include <utility>
 #include <vector>
+
+#include "cuda_runtime.h"
 
 #if !defined(__x86_64__)
 #include <ucontext.h>
@@ -208,13 +208,17 @@ int64_t choose() {
   const int64_t n = (int64_t)block.fibres.size();
   int64_t start = 0;
   switch (schedule) {
-    case UP: break;
+    case UP:
+      break;
     case DOWN:
       for (int64_t word = MOST_THREADS / 64 - 1; word >= 0; word--)
         if (block.ready[word]) return word * 64 + 63 - __builtin_clzll(block.ready[word]);
       return -1;
-    case ROUND: start = (block.current + 1) % n; break;
-    default: start = (int64_t)(random_number() % (uint64_t)n);
+    case ROUND:
+      start = (block.current + 1) % n;
+      break;
+    default:
+      start = (int64_t)(random_number() % (uint64_t)n);
   }
   const int64_t found = ready_from(start);
   return found < 0 ? ready_from(0) : found;
@@ -334,7 +338,8 @@ void *shared(size_t bytes, const char *name) {
     size_t total = bytes;
     for (const Array &array : block.arrays) total += array.bytes;
     if (total > (size_t)MOST_SHARED)
-      fail("%zu bytes of shared memory with %s, more than %lld", total, name, (long long)MOST_SHARED);
+      fail("%zu bytes of shared memory with %s, more than %lld", total, name,
+           (long long)MOST_SHARED);
     char *memory = static_cast<char *>(aligned_alloc(64, (bytes + GUARD + 63) / 64 * 64));
     memset(memory, 0xFF, bytes); /* NaN in every type */
     memset(memory + bytes, CANARY, GUARD);
@@ -450,11 +455,17 @@ cudaError_t cudaRuntimeGetVersion(int *version) {
 }
 const char *cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorMemoryAllocation: return "out of memory";
-    case cudaErrorInvalidConfiguration: return "invalid configuration argument";
-    case cudaErrorInvalidDevice: return "invalid device ordinal";
-    default: return "unspecified launch failure";
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
+    case cudaErrorInvalidDevice:
+      return "invalid device ordinal";
+    default:
+      return "unspecified launch failure";
   }
 }

@@ -164,18 +164,27 @@ def assert_elementwise(actual, exact, bilinear, ones, dtype):
     assert (error <= bound).all(), f"{np.max(error / bound):.3g} of the bound"
 
 
+AS_MANY_SAMPLES = {
+    "narrow": Geometry(256, 3, 16, 16, 4, THREE, padding=SAME),
+    "wide": Geometry(1, 3, 16, 4096, 4, THREE, padding=SAME),
+    "tall": Geometry(1, 3, 4096, 16, 4, THREE, padding=SAME),
+}
+
+
+@cache
+def in_another_shape(name, seed):
+    """A call and its exact results."""
+    call = testing.real(AS_MANY_SAMPLES[name], seed).astype("float32")
+    return call, call.astype("float64").run("reference")
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("seed", range(3))
 def test_errors_do_not_grow_with_the_image(seed, isa):
     """One image 4096 wide and 256 images 16 wide, as many samples: at most twice the error."""
     largest = {}
-    for name, geometry in {
-        "narrow": Geometry(256, 3, 16, 16, 4, THREE, padding=SAME),
-        "wide": Geometry(1, 3, 16, 4096, 4, THREE, padding=SAME),
-        "tall": Geometry(1, 3, 4096, 16, 4, THREE, padding=SAME),
-    }.items():
-        call = testing.real(geometry, seed).astype("float32")
-        expected = call.astype("float64").run("reference")
+    for name in AS_MANY_SAMPLES:
+        call, expected = in_another_shape(name, seed)
         with dcnlib.cpu_isa(isa):
             actual = call.run("cpu")
         for output in ("output", "grad_input", "grad_offset", "grad_mask"):

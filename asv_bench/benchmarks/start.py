@@ -60,7 +60,7 @@ class Size:
         wheel = io.BytesIO()
         with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
             for file in self.files:
-                archive.write(file, file.name)
+                archive.write(file)
         return len(wheel.getvalue())
 
     track_wheel_bytes.unit = "bytes"

@@ -6,7 +6,7 @@
  *
  * Phases of a wave of images
  *   0  weights -> panels [group][panel][depth][2 vectors of outputs]   (first wave only)
- *      images  -> slabs  [image][slab][pixel][pitch], a zero pixel at the end of each
+ *      images  -> slabs  [image][slab][pixel of the frame][pitch]
  *   1  tiles: every channel and output of `tile` pixels of one image
  *
  * Layouts of a tile, in the thread's scratch

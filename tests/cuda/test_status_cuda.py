@@ -92,6 +92,7 @@ def test_not_built(monkeypatch, tmp_path):
     monkeypatch.setattr(_status, "core", lambda emulate: _status._not_built())
     note = Path(_status.__file__).with_name("not_built.txt")
     monkeypatch.setattr(_status, "_NOTE", tmp_path / note.name)
+    _status.why_no_device.cache_clear()  # other tests may have asked
     assert "no reason was noted" in cuda.why_not("cuda")
     (tmp_path / note.name).write_text("no nvcc was found\n")
     _status.why_no_device.cache_clear()

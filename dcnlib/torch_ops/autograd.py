@@ -38,29 +38,17 @@ def register() -> None:
     LIBRARY.impl(BACKWARD, _backward, "Autograd", with_keyset=True)
 
 
-def deform_conv2d(
-    input, offset, weight, bias, stride, padding, dilation, mask, groups, offset_groups, backend
-) -> Tensor:  # fmt: skip
-    """The forward operator."""
-    arguments = (
-        input, offset, weight, bias, stride, padding, dilation, mask, groups, offset_groups, backend
-    )  # fmt: skip
-    if _may_record((input, offset, weight, bias, mask)):
+def deform_conv2d(*arguments: Any) -> Tensor:
+    """The forward operator; all arguments given, in its order."""
+    if _may_record(arguments[:4] + arguments[7:8]):
         return forward_operator(*arguments)
     with _AutoDispatchBelowAutograd():
         return forward_operator(*arguments)
 
 
-def deform_conv2d_backward(
-    grad_output, input, offset, weight, bias, stride, padding, dilation, mask, groups,
-    offset_groups, backend, output_mask,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The backward operator."""
-    arguments = (
-        grad_output, input, offset, weight, bias, stride, padding, dilation, mask, groups,
-        offset_groups, backend, output_mask,
-    )  # fmt: skip
-    if _may_record((grad_output, input, offset, weight, mask)):
+def deform_conv2d_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """The backward operator; all arguments given, in its order."""
+    if _may_record(arguments[:4] + arguments[8:9]):
         return backward_operator(*arguments)
     with _AutoDispatchBelowAutograd():
         return backward_operator(*arguments)

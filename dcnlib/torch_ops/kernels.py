@@ -47,7 +47,7 @@ def _forward(
         FORWARD, None, input, offset, weight, bias, stride, padding, dilation, mask,
         groups, offset_groups, channels_last=is_channels_last(input), symbolic=False,
     )  # fmt: skip
-    chosen = choose(FORWARD, backend, input.device.type)
+    chosen = choose(FORWARD, backend, "cuda" if input.is_cuda else "cpu")
     try:
         input = _dense(FORWARD, "input", input, call.channels_last)
         offset = _dense(FORWARD, "offset", offset)
@@ -86,7 +86,7 @@ def _backward(
         groups, offset_groups, channels_last=is_channels_last(input), wants_bias=output_mask[3],
         symbolic=False,
     )  # fmt: skip
-    chosen = choose(BACKWARD, backend, input.device.type)
+    chosen = choose(BACKWARD, backend, "cuda" if input.is_cuda else "cpu")
     try:
         grad_output = _dense(BACKWARD, "grad_output", grad_output, call.channels_last)
         input = _dense(BACKWARD, "input", input, call.channels_last)

@@ -93,10 +93,14 @@ def problem(
     Where no size is a symbol, a repeated call costs one look-up.
     """
     device = input.device
-    tensors = (grad_output, input, offset, weight, bias, mask)
-    for tensor in tensors:
-        if tensor is not None and tensor.device != device:
-            raise _different_devices(op, device, tensors)
+    if not (
+        offset.device == device
+        and weight.device == device
+        and (bias is None or bias.device == device)
+        and (mask is None or mask.device == device)
+        and (grad_output is None or grad_output.device == device)
+    ):
+        raise _different_devices(op, device, (grad_output, input, offset, weight, bias, mask))
     return (_problem if symbolic else _cached_problem)(
         op,
         (input.shape, input.dtype),

@@ -18,6 +18,7 @@ import dcnlib
 from dcnlib.testing import OUTPUTS, numpy_dtype
 
 Request = dict[str, Any]
+GEOMETRIES = ("usual", "pointwise", "single", "far")
 TENSORS = ("input", "offset", "weight", "bias", "mask", "grad_output")
 
 
@@ -31,6 +32,8 @@ class Door(NamedTuple):
     raw: bool = False
     """torch parses the arguments first, and has its own errors for what is no int64."""
     shapes_only: bool = False
+    only: tuple[str, ...] = ("",)
+    """How the names of the cases begin that this door can be given."""
 
     @property
     def takes_grad_output(self) -> bool:
@@ -81,6 +84,26 @@ def _torch_doors() -> Iterator[Door]:
             tensors = _tensors(_forward(request), lambda t: mode.from_tensor(t))
             return {"output": _shape(dcnlib.deform_conv2d(**tensors))}
 
+    def module(request: Request) -> dict[str, Any]:
+        import torch
+
+        from dcnlib.nn import DeformConv2d
+
+        tensors = _tensors(_forward(request))
+        weight = tensors["weight"]
+        channels, numbers = weight.shape[1] * request["groups"], ("stride", "padding", "dilation")
+        layer = DeformConv2d(
+            channels,
+            len(weight),
+            tuple(weight.shape[2:]),
+            *(request[name] for name in numbers),
+            groups=request["groups"],
+        )
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            layer.bias.copy_(tensors["bias"])
+        return {"output": _array(layer(tensors["input"], tensors["offset"], tensors["mask"]))}
+
     one, two = "deform_conv2d", "deform_conv2d_backward"
     yield Door("torch", one, "torch", forward)
     yield Door("torch_backward", two, "torch", backward)
@@ -89,6 +112,10 @@ def _torch_doors() -> Iterator[Door]:
     yield Door("meta", one, "torch", meta_forward, shapes_only=True)
     yield Door("meta_backward", two, "torch", meta_backward, raw=True, shapes_only=True)
     yield Door("fake", one, "torch", fake_forward, shapes_only=True)
+    numbers, tensors = ("stride", "padding", "dilation"), ("input", "offset", "mask")
+    only = [f"integers-{geometry}-{name}-" for geometry in GEOMETRIES for name in numbers]
+    only += [f"{family}-{name}-" for family in ("shapes", "objects") for name in tensors]
+    yield Door("module", one, "torch", module, only=tuple(only))
 
 
 def _forward(request: Request) -> Request:

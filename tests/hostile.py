@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+import doors
 import oracle
 from dcnlib import testing
 from dcnlib.testing import Call, Geometry
@@ -29,6 +30,7 @@ GEOMETRIES = {
     "single": Geometry(1, 2, 3, 4, 2, (3, 4)),
     "far": Geometry(1, 1, 5, 5, 1, (1, 1), (LARGEST, LARGEST), (LARGEST,) * 4),
 }
+assert tuple(GEOMETRIES) == doors.GEOMETRIES
 
 
 class Case(NamedTuple):
@@ -722,6 +724,8 @@ def cases_of(door: str, group: str = "") -> list[str]:
         name
         for name, case in cases(DOORS[door].kind).items()
         if name.startswith(group)
+        and name.startswith(DOORS[door].only)
         and (backward or not case.backward_only)
         and not (shapes_only and case.of_memory)
+        and not (door == "module" and name.endswith("groups_inferred"))
     ]

@@ -177,6 +177,62 @@ def test_small_stacks():
     assert_same_bytes(results[0], expected)
 
 
+MEANWHILE = """
+import sys, threading, time
+import numpy as np
+import dcnlib
+from dcnlib import testing
+
+dcnlib.set_num_threads(2)
+call = testing.real(testing.Geometry(1, 16, 40, 41, 16, (3, 3), padding=(1, 1, 1, 1)), 0)
+call = call.astype("float32")
+stop = threading.Event()
+
+def change():
+    values = np.array([np.nan, np.inf, -np.inf, 1e30, -1e30, 2.0**31, -2.0**31, 0, 5, -60], np.float32)
+    rng = np.random.default_rng(0)
+    while not stop.is_set():
+        at = rng.integers(0, call.offset.size, 1000)
+        call.offset.reshape(-1)[at] = rng.choice(values, 1000)
+
+thread = threading.Thread(target=change)
+thread.start()
+end = time.monotonic() + 3
+calls = 0
+while time.monotonic() < end:
+    call.run("cpu")
+    calls += 1
+stop.set()
+thread.join()
+print(calls)
+"""
+
+
+def test_offsets_that_change_meanwhile():
+    """Each is read once: whatever another thread writes, nothing outside the image is touched."""
+    done = isolated.python(MEANWHILE)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20
+
+
+AT_EXIT = """
+import threading, time
+from dcnlib import testing
+
+call = testing.real(testing.Geometry(8, 64, 60, 60, 64, (3, 3), padding=(1, 1, 1, 1)), 0)
+call.forward("cpu")
+threading.Thread(target=lambda: [call.run("cpu") for _ in range(1000)], daemon=True).start()
+time.sleep(0.05)
+"""
+
+
+def test_exit_during_a_call():
+    """A daemon thread in the middle of one does not disturb the end of the process."""
+    for _ in range(4):
+        done = isolated.python(AT_EXIT)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
 # ---- how many threads there are ----------------------------------------------------------------
 
 COUNT = """

@@ -68,7 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
             hashes = Path(folder) / "hashes"
             hashes.write_text("\n".join(code_commits(options.n)) + "\n")
             command += [f"HASHFILE:{hashes}", "--skip-existing"]
-        elif not any(word.startswith("-E") or "!" in word or ".." in word for word in rest):
+        elif not any(
+            word.startswith(("-E", "HASHFILE:")) or "!" in word or ".." in word for word in rest
+        ):
             command.append("HEAD^!")
         command += rest
         describe_machine(machine)

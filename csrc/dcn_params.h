@@ -1,8 +1,8 @@
-/* One deformable convolution call as plain data, shared by the CPU and the CUDA core.
+/* One call as plain data, shared by the CPU and the CUDA core.
  *
- * Both cores are reached through a C ABI: this params struct, a struct of pointers and a status.
- * The Python edge (dcnlib/_problem.py) has checked every value; below this line code trusts them:
- * sizes are in [1, 2^31), only batch may be 0, and every element count fits in int64.
+ * Both cores are reached through a C ABI: a params struct, a struct of pointers and a status.
+ * The Python edge (dcnlib/_problem*.py) has checked every value; below this line code trusts them:
+ * sizes are in [1, 2^31), only batch and rois may be 0, and every element count fits in int64.
  */
 #ifndef DCN_PARAMS_H
 #define DCN_PARAMS_H
@@ -40,6 +40,46 @@ typedef struct {
   const void *grad_output;
   void *grad_input, *grad_offset, *grad_weight, *grad_bias, *grad_mask;
 } dcn_tensors;
+
+/* Deformable RoI pooling. Output channel o at bin (ph, pw) reads input channel
+ * (o * group_h + ph * group_h / out_h) * group_w + pw * group_w / out_w. With the class
+ * k = o / (out_channels / classes) it moves by offset channels 2 k (x) and 2 k + 1 (y) at part
+ * (ph * part_h / out_h, pw * part_w / out_w). Both layouts apply to input, output and their
+ * gradients; offset (R, 2*classes, part_h, part_w) and mask (R, 1, out_h, out_w) are contiguous. */
+typedef struct {
+  int64_t batch, in_channels, in_h, in_w;
+  int64_t rois, out_channels, out_h, out_w;
+  int64_t classes, part_h, part_w;
+  int64_t group_h, group_w;
+  int64_t samples; /* of a bin along one axis; 0: one for each pixel of its extent */
+  double spatial_scale, offset_scale;
+  int32_t position_sensitive; /* the dialect: see roi_bins.h */
+  int32_t dtype, layout;
+} dcn_roi_params;
+
+/* rois (R, 5) is float64 whatever the dtype: image number, x1, y1, x2, y2; numbers are checked. */
+typedef struct {
+  const void *input;
+  const double *rois;
+  const void *offset, *mask;
+  void *output;
+  const void *grad_output;
+  void *grad_input, *grad_offset, *grad_mask;
+} dcn_roi_tensors;
+
+/* Deformable resampling: everything (N, C, H, W) and contiguous, offset (N, 2*C, H, W). */
+typedef struct {
+  int64_t batch, channels, in_h, in_w;
+  int32_t border; /* positions are limited to the image; else zeros lie around it */
+  int32_t dtype;
+} dcn_resample_params;
+
+typedef struct {
+  const void *input, *offset;
+  void *output;
+  const void *grad_output;
+  void *grad_input, *grad_offset;
+} dcn_resample_tensors;
 
 #ifdef __cplusplus
 }

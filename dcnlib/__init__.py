@@ -1,4 +1,4 @@
-"""dcnlib: deformable convolution for NumPy and torch, fast on CPUs and GPUs.
+"""dcnlib: deformable convolution and pooling for NumPy and torch, fast on CPUs and GPUs.
 
 The public names live here; `dcnlib.nn` and `dcnlib.compat` load on first use, since they import
 torch and nothing else does.
@@ -14,6 +14,13 @@ from ._dispatch import backends
 from ._info import show_config
 from ._version import __version__
 from .functional import deform_conv2d, deform_conv2d_backward
+from .pooling import (
+    deform_psroi_pool,
+    deform_psroi_pool_backward,
+    deform_roi_pool,
+    deform_roi_pool_backward,
+)
+from .resample import deform_resample2d, deform_resample2d_backward
 
 if TYPE_CHECKING:
     from . import compat as compat
@@ -25,6 +32,12 @@ __all__ = [
     "cpu_isa",
     "deform_conv2d",
     "deform_conv2d_backward",
+    "deform_psroi_pool",
+    "deform_psroi_pool_backward",
+    "deform_resample2d",
+    "deform_resample2d_backward",
+    "deform_roi_pool",
+    "deform_roi_pool_backward",
     "get_num_threads",
     "set_num_threads",
     "show_config",

@@ -9,6 +9,7 @@ Error text: ``<op>: <argument>: <rule>; expected <...>, got <...>``, and the way
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from functools import lru_cache
@@ -111,24 +112,43 @@ def _text(op: str, argument: str, rule: str, expected: object, got: object, cure
     return f"{text}; {cure}" if cure else text
 
 
-def integer(op: str, argument: str, value: Any, lowest: int) -> int:
-    """`value` as an int in [lowest, 2147483647]; floats, bools and strings are no integers."""
-    if type(value) is int and lowest <= value <= LARGEST:
+def integer(op: str, argument: str, value: Any, lowest: int, highest: int = LARGEST) -> int:
+    """`value` as an int in [lowest, highest]; floats, bools and strings are no integers."""
+    if type(value) is int and lowest <= value <= highest:
         return value
-    expected = f"an int in [{lowest}, {LARGEST}]"
+    expected = f"an int in [{lowest}, {highest}]"
     try:
-        # bool has __index__, numpy's and torch's bools too: none of them counts anything.
-        if "bool" in str(getattr(value, "dtype", type(value).__name__)):
+        if _is_bool(value):
             raise TypeError
         number = operator.index(value)
     except (TypeError, ValueError, RuntimeError):
         raise type_error(
             op, argument, "must be an integer", expected, f"{_brief(value)} ({_kind(value)})"
         ) from None
-    if not lowest <= number <= LARGEST:
+    if not lowest <= number <= highest:
         raise value_error(
-            op, argument, f"must be in [{lowest}, {LARGEST}]", expected, _brief(value)
+            op, argument, f"must be in [{lowest}, {highest}]", expected, _brief(value)
         )
+    return number
+
+
+def real(op: str, argument: str, value: Any, above_zero: bool = False) -> float:
+    """`value` as a finite float; bools and strings are no numbers."""
+    if type(value) is float and 0 < value < math.inf:
+        return value
+    expected = "a finite number above 0" if above_zero else "a finite number"
+    try:
+        if isinstance(value, str | bytes) or _is_bool(value):
+            raise TypeError
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    except (TypeError, ValueError, RuntimeError):
+        raise type_error(
+            op, argument, "must be a number", expected, f"{_brief(value)} ({_kind(value)})"
+        ) from None
+    if not math.isfinite(number) or (above_zero and number <= 0):
+        raise value_error(op, argument, f"must be {expected}", expected, _brief(value))
     return number
 
 
@@ -214,34 +234,17 @@ def deform_conv2d_problem(
     channels_last: bool = False,
 ) -> DeformConv2dProblem:
     """Check one call and describe it; the integers come from `pair`, `four_sides`, `integer`."""
-    dtype = input[1]
-    if dtype not in DTYPES:
-        raise type_error(op, "input", "unsupported dtype", "one of " + ", ".join(DTYPES), dtype)
-    for name, spec in (
-        ("offset", offset),
-        ("weight", weight),
-        ("bias", bias),
-        ("mask", mask),
-        ("grad_output", grad_output),
-    ):
-        if spec is not None and spec[1] != dtype:
-            raise type_error(
-                op,
-                name,
-                "must have the dtype of input",
-                dtype,
-                spec[1],
-                "convert one of them: nothing is cast silently",
-            )
-
-    batch, in_channels, in_h, in_w, batched = _input_sizes(op, input[0])
+    dtype = common_dtype(
+        op, input, offset=offset, weight=weight, bias=bias, mask=mask, grad_output=grad_output
+    )
+    batch, in_channels, in_h, in_w, batched = input_sizes(op, input[0])
     rank = 4 if batched else 3
-    out_channels, group_channels, kernel_h, kernel_w = _ranked(
+    out_channels, group_channels, kernel_h, kernel_w = ranked(
         op, "weight", weight[0], 4, "(out_channels, in_channels/groups, kernel_h, kernel_w)"
     )
-    _no_zero(op, "weight", weight[0])
+    no_zero(op, "weight", weight[0])
     layout = "(N, 2*offset_groups*kernel_h*kernel_w, out_h, out_w)"
-    offset_sizes = _ranked(op, "offset", offset[0], rank, layout if batched else _rest(layout))
+    offset_sizes = ranked(op, "offset", offset[0], rank, layout if batched else _rest(layout))
 
     groups = _groups(op, groups, in_channels, out_channels, group_channels)
     offset_groups = _offset_groups(
@@ -289,7 +292,13 @@ def deform_conv2d_problem(
     if grad_output is not None:
         layout = "(N, out_channels, out_h, out_w)"
         _shape(op, problem, "grad_output", grad_output, problem.output_shape, layout)
-    _addressable(op, problem)
+    addressable(
+        op,
+        input=problem.input_shape,
+        offset=problem.offset_shape,
+        weight=problem.weight_shape,
+        output=problem.output_shape,
+    )
     return problem
 
 
@@ -298,7 +307,25 @@ def deform_conv2d_problem(
 cached_problem = lru_cache(maxsize=1024)(deform_conv2d_problem)
 
 
-def _input_sizes(op: str, shape: Shape) -> tuple[int, int, int, int, bool]:
+def common_dtype(op: str, input: Spec, **others: Spec | None) -> str:
+    """The dtype of `input`, which all others that are not None must share."""
+    dtype = input[1]
+    if dtype not in DTYPES:
+        raise type_error(op, "input", "unsupported dtype", "one of " + ", ".join(DTYPES), dtype)
+    for name, spec in others.items():
+        if spec is not None and spec[1] != dtype:
+            raise type_error(
+                op,
+                name,
+                "must have the dtype of input",
+                dtype,
+                spec[1],
+                "convert one of them: nothing is cast silently",
+            )
+    return dtype
+
+
+def input_sizes(op: str, shape: Shape) -> tuple[int, int, int, int, bool]:
     if len(shape) not in (3, 4):
         raise value_error(
             op,
@@ -308,11 +335,11 @@ def _input_sizes(op: str, shape: Shape) -> tuple[int, int, int, int, bool]:
             f"{len(shape)} in shape {tuple(shape)}",
         )
     batched = len(shape) == 4
-    _no_zero(op, "input", shape[1:] if batched else shape)
+    no_zero(op, "input", shape[1:] if batched else shape)
     return (*shape, True) if batched else (1, *shape, False)  # type: ignore[return-value]
 
 
-def _ranked(op: str, name: str, shape: Shape, rank: int, layout: str) -> Shape:
+def ranked(op: str, name: str, shape: Shape, rank: int, layout: str) -> Shape:
     if len(shape) != rank:
         raise value_error(
             op,
@@ -324,7 +351,7 @@ def _ranked(op: str, name: str, shape: Shape, rank: int, layout: str) -> Shape:
     return shape
 
 
-def _no_zero(op: str, name: str, shape: Shape) -> None:
+def no_zero(op: str, name: str, shape: Shape) -> None:
     for size in shape:
         if size < 1 or (_is_number(size) and size > LARGEST):
             raise value_error(
@@ -447,14 +474,9 @@ def _rest(layout: str) -> str:
     return layout.replace("(N, ", "(")
 
 
-def _addressable(op: str, problem: DeformConv2dProblem) -> None:
+def addressable(op: str, **shapes: Shape) -> None:
     """No size below may overflow: every tensor, counted in the widest element, fits in int64."""
-    for name, shape in (
-        ("input", problem.input_shape),
-        ("offset", problem.offset_shape),
-        ("weight", problem.weight_shape),
-        ("output", problem.output_shape),
-    ):
+    for name, shape in shapes.items():
         if not all(map(_is_number, shape)):
             continue
         elements = 1
@@ -473,6 +495,11 @@ def _addressable(op: str, problem: DeformConv2dProblem) -> None:
 def _is_number(size: Any) -> bool:
     """Not a symbol: limits of symbols would become conditions of a graph, and are checked in it."""
     return type(size) is int
+
+
+def _is_bool(value: Any) -> bool:
+    """Whether it is a bool of Python, NumPy or torch: they have __index__, but count nothing."""
+    return "bool" in str(getattr(value, "dtype", type(value).__name__))
 
 
 def _kind(value: Any) -> str:

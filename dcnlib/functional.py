@@ -6,21 +6,13 @@ NumPy arrays are checked here, made contiguous and handed to a backend; torch te
 
 from __future__ import annotations
 
-import sys
-from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from . import _dispatch
-from ._problem import (
-    Spec,
-    cached_problem,
-    four_sides,
-    optional_integer,
-    pair,
-    type_error,
-)
+from ._arrays import is_torch, memory, plain, spec, torch_ops
+from ._problem import cached_problem, four_sides, optional_integer, pair
 
 Array = TypeVar("Array")
 
@@ -133,28 +125,28 @@ def deform_conv2d(
     """
     op = "deform_conv2d"
     arrays = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    if _is_torch(op, arrays):
+    if is_torch(op, arrays, ("bias", "mask")):
         _dispatch.check_name(op, backend)
         arguments = _arguments(op, weight, stride, padding, dilation, groups, offset_groups)
         stride, padding, dilation, groups, offset_groups = arguments
-        return _torch_ops().deform_conv2d(
+        return torch_ops().deform_conv2d(
             input, offset, weight, bias, stride, padding, dilation, mask,
             groups, offset_groups, backend,
         )  # fmt: skip
-    input, offset, weight, bias, mask = map(_memory, arrays.values())
+    input, offset, weight, bias, mask = map(memory, arrays.values())
     arguments = _arguments(op, weight, stride, padding, dilation, groups, offset_groups)
     problem = cached_problem(
-        op, _spec(input), _spec(offset), _spec(weight), _spec(bias), _spec(mask), None, *arguments
+        op, spec(input), spec(offset), spec(weight), spec(bias), spec(mask), None, *arguments
     )
     chosen = _dispatch.choose(op, backend, "cpu")
-    output = np.empty(problem.output_shape, _plain(input).dtype)
+    output = np.empty(problem.output_shape, plain(input).dtype)
     chosen.forward(
         problem,
-        _plain(input).reshape(problem.input_shape),
-        _plain(offset).reshape(problem.offset_shape),
-        _plain(weight),
-        None if bias is None else _plain(bias),
-        None if mask is None else _plain(mask).reshape(problem.mask_shape),
+        plain(input).reshape(problem.input_shape),
+        plain(offset).reshape(problem.offset_shape),
+        plain(weight),
+        None if bias is None else plain(bias),
+        None if mask is None else plain(mask).reshape(problem.mask_shape),
         output,
     )
     return output if problem.batched else output[0]  # type: ignore[return-value]
@@ -235,11 +227,11 @@ def deform_conv2d_backward(
         "bias": bias,
         "mask": mask,
     }
-    if _is_torch(op, arrays):
+    if is_torch(op, arrays, ("bias", "mask")):
         _dispatch.check_name(op, backend)
         arguments = _arguments(op, weight, stride, padding, dilation, groups, offset_groups)
         stride, padding, dilation, groups, offset_groups = arguments
-        grads = _torch_ops().deform_conv2d_backward(
+        grads = torch_ops().deform_conv2d_backward(
             grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
             groups, offset_groups, backend, [True, True, True, bias is not None, mask is not None],
         )  # fmt: skip
@@ -248,14 +240,14 @@ def deform_conv2d_backward(
             None if bias is None else grads[3],
             None if mask is None else grads[4],
         )
-    grad_output, input, offset, weight, bias, mask = map(_memory, arrays.values())
+    grad_output, input, offset, weight, bias, mask = map(memory, arrays.values())
     arguments = _arguments(op, weight, stride, padding, dilation, groups, offset_groups)
     problem = cached_problem(
-        op, _spec(input), _spec(offset), _spec(weight), _spec(bias), _spec(mask),
-        _spec(grad_output), *arguments,
+        op, spec(input), spec(offset), spec(weight), spec(bias), spec(mask),
+        spec(grad_output), *arguments,
     )  # fmt: skip
     chosen = _dispatch.choose(op, backend, "cpu")
-    dtype = _plain(input).dtype
+    dtype = plain(input).dtype
     grads = DeformConv2dGradients(
         np.empty(problem.input_shape, dtype),
         np.empty(problem.offset_shape, dtype),
@@ -265,11 +257,11 @@ def deform_conv2d_backward(
     )
     chosen.backward(
         problem,
-        _plain(grad_output).reshape(problem.output_shape),
-        _plain(input).reshape(problem.input_shape),
-        _plain(offset).reshape(problem.offset_shape),
-        _plain(weight),
-        None if mask is None else _plain(mask).reshape(problem.mask_shape),
+        plain(grad_output).reshape(problem.output_shape),
+        plain(input).reshape(problem.input_shape),
+        plain(offset).reshape(problem.offset_shape),
+        plain(weight),
+        None if mask is None else plain(mask).reshape(problem.mask_shape),
         grads,
     )
     if problem.batched:
@@ -279,37 +271,6 @@ def deform_conv2d_backward(
         offset=grads.offset[0],
         mask=None if mask is None else grads.mask[0],
     )
-
-
-def _is_torch(op: str, arrays: dict[str, Any]) -> bool:
-    """True if every argument is a torch tensor, False if every one is a NumPy array."""
-    torch = sys.modules.get("torch")  # never imported: then nothing can be a tensor
-    tensor = getattr(torch, "Tensor", ())
-    first = isinstance(arrays["input"], tensor)
-    wanted = "torch.Tensor" if first else "numpy.ndarray"
-    for name, array in arrays.items():
-        if array is None and name in ("bias", "mask"):
-            continue
-        if first and isinstance(array, tensor):
-            if array.is_nested:
-                _torch_ops().check_dense(op, **{name: array})
-            continue
-        if not first and isinstance(array, np.ndarray) and not _is_masked(array):
-            continue
-        raise type_error(
-            op,
-            name,
-            "arguments must be all NumPy arrays or all torch tensors",
-            wanted,
-            f"{type(array).__module__}.{type(array).__qualname__}",
-            "convert with numpy.asarray or torch.as_tensor",
-        )
-    return first
-
-
-def _is_masked(array: np.ndarray) -> bool:
-    """A masked array would silently lose what it masks."""
-    return type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray)
 
 
 def _arguments(
@@ -333,38 +294,3 @@ def _arguments(
         optional_integer(op, "groups", groups),
         optional_integer(op, "offset_groups", offset_groups),
     )
-
-
-def _memory(array: Any) -> Any:
-    """The array itself, whatever a subclass says of its shape; None stays None."""
-    return array if array is None or type(array) is np.ndarray else np.asarray(array)
-
-
-def _spec(array: np.ndarray | None) -> Spec | None:
-    return None if array is None else (array.shape, _dtype_name(array.dtype))
-
-
-@cache
-def _dtype_name(dtype: np.dtype) -> str:
-    return dtype.name
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    """`array` as native backends read it: C order, aligned, native byte order."""
-    flags = array.flags
-    if flags.c_contiguous and flags.aligned and array.dtype.isnative:
-        return array
-    return np.require(array, array.dtype.newbyteorder("="), ("C_CONTIGUOUS", "ALIGNED"))
-
-
-_torch_ops_module: Any = None
-
-
-def _torch_ops() -> Any:
-    """`dcnlib.torch_ops`, imported by the first call with a tensor."""
-    global _torch_ops_module
-    if _torch_ops_module is None:
-        from . import torch_ops
-
-        _torch_ops_module = torch_ops
-    return _torch_ops_module

@@ -1,4 +1,4 @@
-"""Deformable convolution as torch modules; importing this imports torch.
+"""Deformable convolution, pooling and resampling as torch modules; importing this imports torch.
 
 `DeformConv2d` holds weights and takes offsets. The Packs predict their own offsets, and the
 modulated one its mask, with a convolution over the same windows of the same input.
@@ -13,10 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from . import torch_ops  # noqa: F401  (registers the operators, before anything is traced)
+from ._nn_pool import (
+    DeformPSRoIPool,
+    DeformRoIPool,
+    DeformRoIPoolPack,
+    ModulatedDeformRoIPoolPack,
+)
+from ._nn_resample import ConvOffset2D
 from ._problem import four_sides, integer, pair, type_error, value_error
 from .functional import deform_conv2d
 
-__all__ = ["DeformConv2d", "DeformConv2dPack", "ModulatedDeformConv2dPack"]
+__all__ = [
+    "ConvOffset2D",
+    "DeformConv2d",
+    "DeformConv2dPack",
+    "DeformPSRoIPool",
+    "DeformRoIPool",
+    "DeformRoIPoolPack",
+    "ModulatedDeformConv2dPack",
+    "ModulatedDeformRoIPoolPack",
+]
 
 _OP = "deform_conv2d"
 

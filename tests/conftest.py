@@ -35,7 +35,7 @@ class Poisoned(ModuleType):
 def poison():
     """Kernels have to write all of their output."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("functional", "backends.cpu"):
+        for name in ("functional", "pooling", "resample", "backends.cpu"):
             module = importlib.import_module(f"dcnlib.{name}")
             if getattr(module, "np", None) is np:
                 patch.setattr(module, "np", Poisoned())

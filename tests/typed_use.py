@@ -16,6 +16,21 @@ def with_numpy(x: FloatArray, offset: FloatArray, weight: FloatArray) -> None:
     assert grads.offset is not None
 
 
+def pooling(x: FloatArray, rois: FloatArray, offset: FloatArray) -> None:
+    y = dcnlib.deform_roi_pool(x, rois, offset, 7, spatial_scale=1 / 16)
+    assert_type(y, FloatArray)
+    grads = dcnlib.deform_roi_pool_backward(y, x, rois, offset, (7, 7))
+    assert grads.offset is not None
+    y = dcnlib.deform_psroi_pool(x, rois, None, 0.5, 7, 10, group_size=(7, 7))
+    assert dcnlib.deform_psroi_pool_backward(y, x, rois, None, 0.5, 7, 10).mask is None
+
+
+def resampling(x: FloatArray, offset: FloatArray) -> None:
+    y = dcnlib.deform_resample2d(x, offset, boundary="zeros")
+    assert_type(y, FloatArray)
+    assert dcnlib.deform_resample2d_backward(y, x, offset).offset is not None
+
+
 def settings() -> None:
     dcnlib.set_num_threads(2)
     assert_type(dcnlib.get_num_threads(), int)

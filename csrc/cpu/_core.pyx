@@ -71,7 +71,7 @@ def forward(problem, num_threads, input, offset, weight, bias, mask, output) -> 
     tensors.bias = address(bias, False)
     tensors.mask = address(mask, False)
     tensors.output = address(output, True)
-    execute(&params, &tensors, DCN_FORWARD, 0, num_threads)
+    execute(&kernels.deform_conv2d, &params, &tensors, DCN_FORWARD, 0, num_threads)
 
 
 def backward(
@@ -99,7 +99,85 @@ def backward(
     wanted |= DCN_GRAD_WEIGHT if grad_weight is not None else 0
     wanted |= DCN_GRAD_BIAS if grad_bias is not None else 0
     wanted |= DCN_GRAD_MASK if grad_mask is not None else 0
-    execute(&params, &tensors, DCN_BACKWARD, wanted, num_threads)
+    execute(&kernels.deform_conv2d, &params, &tensors, DCN_BACKWARD, wanted, num_threads)
+
+
+def roi_pool_forward(problem, num_threads, input, rois, offset, mask, output) -> None:
+    """Fill `output`."""
+    cdef dcn_roi_params params
+    cdef dcn_roi_tensors tensors
+    fill_roi_params(problem, &params)
+    memset(&tensors, 0, sizeof(tensors))
+    tensors.input = address(input, False)
+    tensors.rois = <const double *>address(rois, False)
+    tensors.offset = address(offset, False)
+    tensors.mask = address(mask, False)
+    tensors.output = address(output, True)
+    execute(
+        &kernels.deform_roi_pool, <dcn_params *>&params, <dcn_tensors *>&tensors, DCN_FORWARD, 0,
+        num_threads,
+    )
+
+
+def roi_pool_backward(
+    problem, num_threads, grad_output, input, rois, offset, mask,
+    grad_input, grad_offset, grad_mask,
+) -> None:
+    """Fill the gradients that are not None."""
+    cdef dcn_roi_params params
+    cdef dcn_roi_tensors tensors
+    cdef int wanted = 0
+    fill_roi_params(problem, &params)
+    memset(&tensors, 0, sizeof(tensors))
+    tensors.grad_output = address(grad_output, False)
+    tensors.input = address(input, False)
+    tensors.rois = <const double *>address(rois, False)
+    tensors.offset = address(offset, False)
+    tensors.mask = address(mask, False)
+    tensors.grad_input = address(grad_input, True)
+    tensors.grad_offset = address(grad_offset, True)
+    tensors.grad_mask = address(grad_mask, True)
+    wanted |= DCN_GRAD_INPUT if grad_input is not None else 0
+    wanted |= DCN_GRAD_OFFSET if grad_offset is not None else 0
+    wanted |= DCN_GRAD_MASK if grad_mask is not None else 0
+    execute(
+        &kernels.deform_roi_pool, <dcn_params *>&params, <dcn_tensors *>&tensors, DCN_BACKWARD,
+        wanted, num_threads,
+    )
+
+
+def resample_forward(problem, num_threads, input, offset, output) -> None:
+    """Fill `output`."""
+    cdef dcn_resample_params params
+    cdef dcn_resample_tensors tensors
+    fill_resample_params(problem, &params)
+    memset(&tensors, 0, sizeof(tensors))
+    tensors.input = address(input, False)
+    tensors.offset = address(offset, False)
+    tensors.output = address(output, True)
+    execute(
+        &kernels.deform_resample2d, <dcn_params *>&params, <dcn_tensors *>&tensors, DCN_FORWARD, 0,
+        num_threads,
+    )
+
+
+def resample_backward(
+    problem, num_threads, grad_output, input, offset, grad_input, grad_offset
+) -> None:
+    """Fill the gradients that are not None."""
+    cdef dcn_resample_params params
+    cdef dcn_resample_tensors tensors
+    fill_resample_params(problem, &params)
+    memset(&tensors, 0, sizeof(tensors))
+    tensors.grad_output = address(grad_output, False)
+    tensors.input = address(input, False)
+    tensors.offset = address(offset, False)
+    tensors.grad_input = address(grad_input, True)
+    tensors.grad_offset = address(grad_offset, True)
+    execute(
+        &kernels.deform_resample2d, <dcn_params *>&params, <dcn_tensors *>&tensors, DCN_BACKWARD, 0,
+        num_threads,
+    )
 
 
 cdef list names(const dcn_cpu_kernels *const *tables):
@@ -121,6 +199,26 @@ cdef int fill_params(problem, dcn_params *params) except -1:
     ) = problem
     params.dtype = DTYPES[dtype]
     params.layout = DCN_NHWC if channels_last else DCN_NCHW
+    return 0
+
+
+cdef int fill_roi_params(problem, dcn_roi_params *params) except -1:
+    (
+        params.batch, params.in_channels, params.in_h, params.in_w,
+        params.rois, params.out_channels, params.out_h, params.out_w,
+        params.classes, params.part_h, params.part_w, params.group_h, params.group_w,
+        params.samples, params.spatial_scale, params.offset_scale, params.position_sensitive,
+        dtype, _, _, channels_last,
+    ) = problem
+    params.dtype = DTYPES[dtype]
+    params.layout = DCN_NHWC if channels_last else DCN_NCHW
+    return 0
+
+
+cdef int fill_resample_params(problem, dcn_resample_params *params) except -1:
+    params.batch, params.channels, params.in_h, params.in_w, boundary, dtype, _ = problem
+    params.border = boundary == "border"
+    params.dtype = DTYPES[dtype]
     return 0
 
 
@@ -146,9 +244,9 @@ cdef void *address(operand, bint write) except? NULL:
 
 
 cdef int execute(
-    dcn_params *params, dcn_tensors *tensors, int direction, int wanted, int64_t num_threads
+    const dcn_cpu_operator *kernel, dcn_params *params, dcn_tensors *tensors, int direction,
+    int wanted, int64_t num_threads,
 ) except -1:
-    cdef const dcn_cpu_kernels *table = kernels
     cdef dcn_cpu_plan plan
     cdef dcn_cpu_call call
     cdef int threads, allowed
@@ -156,29 +254,29 @@ cdef int execute(
     cdef void *memory
 
     with nogil:
-        table.plan(params, direction, wanted, 1, &plan)
+        kernel.plan(params, direction, wanted, 1, &plan)
         threads = <int>min(num_threads, plan.work // WORK_OF_A_THREAD)
         allowed = dcn_threads_allowed(threads)
         if allowed > 1:
-            table.plan(params, direction, wanted, allowed, &plan)
+            kernel.plan(params, direction, wanted, allowed, &plan)
         memory = workspace(&plan, allowed, &bytes)
         if memory == NULL and allowed > 1:  # there may be room for one
             allowed = 1
-            table.plan(params, direction, wanted, 1, &plan)
+            kernel.plan(params, direction, wanted, 1, &plan)
             memory = workspace(&plan, 1, &bytes)
         if memory != NULL:
             call.params, call.tensors, call.plan, call.direction = params, tensors, &plan, direction
             call.shared = memory
             threads = dcn_threads_possible(allowed)
             if threads > 1:
-                run_team(table, &call, threads)
+                run_team(kernel, &call, threads)
             else:
-                run_alone(table, &call)
+                run_alone(kernel, &call)
             free(memory)
     if memory == NULL:
         raise MemoryError(
-            f"deform_conv2d: workspace: does not fit into memory; expected room for {bytes} bytes; "
-            "use a smaller batch or image"
+            f"{kernel.name.decode()}: workspace: does not fit into memory; expected room for "
+            f"{bytes} bytes; use a smaller batch or image"
         )
     if threads < allowed:
         warnings.warn(
@@ -201,17 +299,17 @@ cdef inline size_t scratch_at(const dcn_cpu_plan *plan, int thread) noexcept nog
     return (plan.shared_bytes + LINE - 1) // LINE * LINE + thread * plan.scratch_bytes
 
 
-cdef void run_alone(const dcn_cpu_kernels *table, const dcn_cpu_call *call) noexcept nogil:
+cdef void run_alone(const dcn_cpu_operator *kernel, const dcn_cpu_call *call) noexcept nogil:
     cdef int64_t wave, phase, task
     cdef char *scratch = <char *>call.shared + scratch_at(call.plan, 0)
     for wave in range(call.plan.waves):
         for phase in range(call.plan.phases):
             for task in range(call.plan.tasks[phase]):
-                table.run(call, wave, phase, task, scratch)
+                kernel.run(call, wave, phase, task, scratch)
 
 
 cdef void run_team(
-    const dcn_cpu_kernels *table, const dcn_cpu_call *call, int threads
+    const dcn_cpu_operator *kernel, const dcn_cpu_call *call, int threads
 ) noexcept nogil:
     # One team for the whole call; each inner loop ends with a barrier.
     cdef int64_t wave = 0, phase = 0, task
@@ -221,4 +319,4 @@ cdef void run_team(
         for wave in range(call.plan.waves):
             for phase in range(call.plan.phases):
                 for task in prange(call.plan.tasks[phase], schedule="dynamic", chunksize=1):
-                    table.run(call, wave, phase, task, mine)
+                    kernel.run(call, wave, phase, task, mine)

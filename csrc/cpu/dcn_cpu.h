@@ -2,11 +2,12 @@
  *
  * A call is cut into phases and tasks by the kernels; whoever calls owns memory and threads:
  *
- *     table = dcn_cpu_kernels_for(isa)
- *     table->plan(params, direction, wanted, num_threads, &plan)      sizes and task counts, no work
+ *     operator = one of a table's
+ *     operator->plan(params, direction, wanted, num_threads, &plan)    sizes and task counts, no work
  *     allocate plan.shared_bytes once and plan.scratch_bytes per thread
- *     for wave, for phase:  for task in parallel:  table->run(call, wave, phase, task, my scratch)
- *                           barrier
+ *     for wave, for phase:
+ *         for task in parallel:  operator->run(call, wave, phase, task, my scratch)
+ *         barrier
  *
  * Rules: run() allocates nothing, calls no OpenMP, touches no global state, and any task order on
  * any thread gives the same bits: tasks of a phase write disjoint memory, and whatever decides the
@@ -23,7 +24,7 @@ extern "C" {
 
 typedef enum { DCN_FORWARD = 0, DCN_BACKWARD = 1 } dcn_direction;
 
-/* Which gradients are wanted (bits of `wanted`; ignored in the forward direction). */
+/* Which gradients are wanted: bits of `wanted`, ignored in the forward direction. */
 enum {
   DCN_GRAD_INPUT = 1,
   DCN_GRAD_OFFSET = 2,
@@ -44,6 +45,8 @@ typedef struct {
   int64_t internal;          /* the kernels' own note */
 } dcn_cpu_plan;
 
+/* Operators other than the convolution pass addresses of their own structs (dcn_roi_params, ...) as
+ * `params` and `tensors`; whoever reads them casts back. */
 typedef struct {
   const dcn_params *params;
   const dcn_tensors *tensors;
@@ -53,10 +56,15 @@ typedef struct {
 } dcn_cpu_call;
 
 typedef struct {
-  const char *isa;
+  const char *name;
   void (*plan)(const dcn_params *params, int direction, int wanted, int num_threads,
                dcn_cpu_plan *plan);
   void (*run)(const dcn_cpu_call *call, int64_t wave, int64_t phase, int64_t task, void *scratch);
+} dcn_cpu_operator;
+
+typedef struct {
+  const char *isa;
+  dcn_cpu_operator deform_conv2d, deform_roi_pool, deform_resample2d;
 } dcn_cpu_kernels;
 
 /* The tables linked into this build, best first, null-terminated; and those this CPU can run. */

@@ -1,8 +1,9 @@
 """The operator and its derivative in torch's own differentiable operators: exact, slow, large.
 
 What torch differentiates when more is asked for than first derivatives in reverse mode: double
-backward, forward mode, and whatever is made of them. Reads like `backends/reference.py`, with a
-batch axis in front; the 16-bit types compute in float32.
+backward, forward mode, and whatever is made of them. Reads like
+`backends/reference/deform_conv2d.py`, with a batch axis in front; the 16-bit types compute in
+float32.
 """
 
 from __future__ import annotations

@@ -63,6 +63,42 @@ def backward(problem, grad_output, input, offset, weight, mask, grads, num_threa
     _core.backward(problem, threads, grad_output, input, offset, weight, mask, *grads)
 
 
+def roi_pool_forward(problem, input, rois, offset, mask, output, num_threads=None) -> None:
+    """Fill `output`; operands as in `dcnlib.backends`."""
+    if problem.dtype == "bfloat16":
+        input, offset, mask, output = map(_storage, (input, offset, mask, output))
+    threads = _config.num_threads() if num_threads is None else num_threads
+    _core.roi_pool_forward(problem, threads, input, rois, offset, mask, output)
+
+
+def roi_pool_backward(
+    problem, grad_output, input, rois, offset, mask, grads, num_threads=None
+) -> None:
+    """Fill the wanted `grads`; operands as in `dcnlib.backends`."""
+    if problem.dtype == "bfloat16":
+        grad_output, input, offset, mask = map(_storage, (grad_output, input, offset, mask))
+        grads = map(_storage, grads)
+    threads = _config.num_threads() if num_threads is None else num_threads
+    _core.roi_pool_backward(problem, threads, grad_output, input, rois, offset, mask, *grads)
+
+
+def resample_forward(problem, input, offset, output, num_threads=None) -> None:
+    """Fill `output`; operands as in `dcnlib.backends`."""
+    if problem.dtype == "bfloat16":
+        input, offset, output = map(_storage, (input, offset, output))
+    threads = _config.num_threads() if num_threads is None else num_threads
+    _core.resample_forward(problem, threads, input, offset, output)
+
+
+def resample_backward(problem, grad_output, input, offset, grads, num_threads=None) -> None:
+    """Fill the wanted `grads`; operands as in `dcnlib.backends`."""
+    if problem.dtype == "bfloat16":
+        grad_output, input, offset = map(_storage, (grad_output, input, offset))
+        grads = map(_storage, grads)
+    threads = _config.num_threads() if num_threads is None else num_threads
+    _core.resample_backward(problem, threads, grad_output, input, offset, *grads)
+
+
 def _storage(operand):
     """NumPy lends no buffer of a dtype that is not its own: bfloat16 goes as its bits."""
     return operand.view(np.uint16) if isinstance(operand, np.ndarray) else operand

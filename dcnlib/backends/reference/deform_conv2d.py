@@ -1,13 +1,11 @@
-r"""The oracle: deformable convolution in NumPy, written as the papers write it.
+r"""Deformable convolution.
 
     y(p0) = b + sum_k w_k * m_k * x(p0 + p_k + dp_k)                    Dai et al. 2017, equation 2;
                                                                        Zhu et al. 2019, equation 1
     x(p)  = sum_q G(q, p) x(q),   G(q, p) = g(q_y, p_y) g(q_x, p_x)     equations 3 and 4
     g(a, b) = max(0, 1 - |a - b|)
 
-Everything is float64 whatever the operands are, and rounded once, to nearest, into the outputs.
-Other backends are tested against this file; speed and memory (a column buffer an image) are no
-concern here. Arrays only. `columns`, `convolve` and `differentiate` compute in the dtype they get.
+`columns`, `convolve` and `differentiate` compute in the dtype they get.
 
 Names: image arrays are C, H, W; taps k = (i, j) row by row; output pixels p0 flattened to P.
 """
@@ -18,16 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .._problem import DeformConv2dProblem
-
-name = "reference"
-
-
-def why_not(device: str) -> str | None:
-    """None on CPUs; the reason elsewhere."""
-    if device == "cpu":
-        return None
-    return "it computes with NumPy on the CPU; move the tensors there"
+from ..._problem import DeformConv2dProblem
 
 
 @np.errstate(all="ignore")  # infinities and NaN are values here

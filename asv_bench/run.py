@@ -37,6 +37,7 @@ PROFILES = {
         r"^grid\.Memory\..*'cpu', \d, 1, 1,",
         r"^layers\.Error\..*'cpu',.*'float(32|16)'",
         r"^overhead\..*'(core|backend|numpy)'",
+        r"^family\.Time.*'float32'",
         r"^start\.(Import|Size)\.",
     ],
     # Every benchmark once, on few parameters: do they all run?
@@ -45,9 +46,11 @@ PROFILES = {
         r"^grid\.PeakBaseline\.",
         r"^layers\..*\('cpu', '(512@7x7|64@14x14 depthwise)', 'float32'",
         r"^(threads|isas|torch_door|rival)\..*'512@7x7'",
+        r"^family\.(?!TimeP).*'(float32|zeros)'.*'forward'",
+        r"^family\.TimePooling.*7x7', 'float32'",
         r"^(overhead|start)\.",
     ],
-    "full": [_CPU + r"(grid|layers|threads|isas|overhead|start)\."],
+    "full": [_CPU + r"(grid|layers|family|threads|isas|overhead|start)\."],
     "torch": [r"^torch_door\.Cpu\.", r"^rival\.", r"^overhead\.", r"^start\.ImportWithTorch\."],
     "cuda": [r"'cuda'", r"^torch_door\.Cuda\."],
 }

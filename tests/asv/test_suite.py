@@ -17,7 +17,17 @@ import run
 from benchmarks import common, memory, rivals
 
 ASV_BENCH = Path(run.__file__).parent
-MODULES = ("grid", "layers", "threads", "isas", "overhead", "start", "torch_door", "rival")
+MODULES = (
+    "grid",
+    "layers",
+    "threads",
+    "isas",
+    "overhead",
+    "start",
+    "torch_door",
+    "rival",
+    "family",
+)
 
 
 def benchmarks():

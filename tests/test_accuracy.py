@@ -34,7 +34,7 @@ SHAPES = {
     "depthwise": Geometry(1, 32, 40, 40, 32, THREE, padding=SAME, groups=32, offset_groups=2),
     "pointwise": Geometry(1, 128, 30, 30, 64, (1, 1), mask=False),
     "kernel_7": Geometry(1, 16, 24, 24, 8, (7, 7), padding=(3, 3, 3, 3), bias=False),
-    "large_image": Geometry(1, 4, 256, 256, 32, THREE, padding=SAME),
+    "large_image": Geometry(1, 2, 192, 192, 16, THREE, padding=SAME),
     "wide": Geometry(1, 3, 16, 4096, 4, THREE, padding=SAME),
     "tall": Geometry(1, 3, 4096, 16, 4, THREE, padding=SAME),
 }

@@ -1,7 +1,7 @@
 """dcnlib: deformable convolution and pooling for NumPy and torch, fast on CPUs and GPUs.
 
-The public names live here; `dcnlib.nn` and `dcnlib.compat` load on first use, since they import
-torch and nothing else does.
+The public names live here; `dcnlib.nn`, `dcnlib.compat` and the like load on first use, since they
+import torch and nothing else does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from .resample import deform_resample2d, deform_resample2d_backward
 
 if TYPE_CHECKING:
     from . import compat as compat
+    from . import convert as convert
     from . import nn as nn
+    from . import optim as optim
 
 __all__ = [
     "__version__",
@@ -43,7 +45,7 @@ __all__ = [
     "show_config",
 ]
 
-_LAZY = ("compat", "nn", "testing")
+_LAZY = ("compat", "convert", "nn", "optim", "testing")
 
 
 def __getattr__(name: str) -> Any:

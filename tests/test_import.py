@@ -47,7 +47,12 @@ def output(code):
     return child.stdout.split()
 
 
-@pytest.mark.parametrize("code", ["import dcnlib", USE, "import dcnlib; dcnlib.show_config()"])
+CONVERT = "from dcnlib import convert; convert.offset_channels('dcnv3', 'dcnlib', 3)"
+
+
+@pytest.mark.parametrize(
+    "code", ["import dcnlib", USE, "import dcnlib; dcnlib.show_config()", CONVERT]
+)
 def test_torch_is_not_imported(code):
     """Not even tried, which a finder sees where torch is not installed, too."""
     watch = """

@@ -5,6 +5,7 @@ from typing import assert_type
 import numpy as np
 
 import dcnlib
+from dcnlib import convert
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
@@ -29,6 +30,12 @@ def resampling(x: FloatArray, offset: FloatArray) -> None:
     y = dcnlib.deform_resample2d(x, offset, boundary="zeros")
     assert_type(y, FloatArray)
     assert dcnlib.deform_resample2d_backward(y, x, offset).offset is not None
+
+
+def converting(offset: FloatArray) -> None:
+    assert_type(convert.offset(offset, "xy", kernel_size=(3, 3)), FloatArray)
+    order: np.ndarray = convert.offset_channels("blocked", "dcnlib", 3)
+    assert order is not None
 
 
 def settings() -> None:

@@ -33,7 +33,8 @@ typedef struct {
   int32_t layout; /* dcn_layout */
 } dcn_params;
 
-/* Addresses; null means absent: no mask, no bias, a gradient that nobody wants. */
+/* Addresses; null means absent: no mask, no bias, a gradient that nobody wants. On the CPU the offset
+ * of a forward call may be absent too: taps stay on the lattice, as in a plain convolution. */
 typedef struct {
   const void *input, *offset, *weight, *bias, *mask;
   void *output;

@@ -13,7 +13,7 @@ from ._config import cpu_isa, get_num_threads, set_num_threads
 from ._dispatch import backends
 from ._info import show_config
 from ._version import __version__
-from .functional import deform_conv2d, deform_conv2d_backward
+from .functional import conv2d, deform_conv2d, deform_conv2d_backward
 from .pooling import (
     deform_psroi_pool,
     deform_psroi_pool_backward,
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "__version__",
     "backends",
+    "conv2d",
     "cpu_isa",
     "deform_conv2d",
     "deform_conv2d_backward",

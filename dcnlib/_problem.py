@@ -29,7 +29,7 @@ Spec = tuple[Shape, str]
 
 
 class DeformConv2dProblem(NamedTuple):
-    """One deformable convolution, checked; shapes are those of the batched call.
+    """One (deformable) convolution, checked; shapes are those of the batched call.
 
     The offset of kernel tap (i, j) at output pixel (oh, ow) moves the sample from
     ``(oh*stride_h - pad_top + i*dilation_h, ow*stride_w - pad_left + j*dilation_w)``.
@@ -221,7 +221,7 @@ def four_sides(
 def deform_conv2d_problem(
     op: str,
     input: Spec,
-    offset: Spec,
+    offset: Spec | None,
     weight: Spec,
     bias: Spec | None,
     mask: Spec | None,
@@ -233,7 +233,10 @@ def deform_conv2d_problem(
     offset_groups: int | None,
     channels_last: bool = False,
 ) -> DeformConv2dProblem:
-    """Check one call and describe it; the integers come from `pair`, `four_sides`, `integer`."""
+    """Check one call and describe it; the integers come from `pair`, `four_sides`, `integer`.
+
+    `offset` None stands for a plain convolution.
+    """
     dtype = common_dtype(
         op, input, offset=offset, weight=weight, bias=bias, mask=mask, grad_output=grad_output
     )
@@ -244,12 +247,16 @@ def deform_conv2d_problem(
     )
     no_zero(op, "weight", weight[0])
     layout = "(N, 2*offset_groups*kernel_h*kernel_w, out_h, out_w)"
-    offset_sizes = ranked(op, "offset", offset[0], rank, layout if batched else _rest(layout))
+    if offset is not None:
+        offset_sizes = ranked(op, "offset", offset[0], rank, layout if batched else _rest(layout))
 
     groups = _groups(op, groups, in_channels, out_channels, group_channels)
-    offset_groups = _offset_groups(
-        op, offset_groups, in_channels, offset_sizes[-3], kernel_h * kernel_w
-    )
+    if offset is None:
+        offset_groups = 1
+    else:
+        offset_groups = _offset_groups(
+            op, offset_groups, in_channels, offset_sizes[-3], kernel_h * kernel_w
+        )
     out_h = _output_size(
         op, "height", in_h, padding[0] + padding[1], dilation[0], kernel_h, stride[0]
     )
@@ -281,7 +288,8 @@ def deform_conv2d_problem(
         batched,
         channels_last,
     )
-    _shape(op, problem, "offset", offset, problem.offset_shape, layout)
+    if offset is not None:
+        _shape(op, problem, "offset", offset, problem.offset_shape, layout)
     if mask is not None:
         layout = "(N, offset_groups*kernel_h*kernel_w, out_h, out_w)"
         _shape(op, problem, "mask", mask, problem.mask_shape, layout)
@@ -295,7 +303,7 @@ def deform_conv2d_problem(
     addressable(
         op,
         input=problem.input_shape,
-        offset=problem.offset_shape,
+        offset=() if offset is None else problem.offset_shape,
         weight=problem.weight_shape,
         output=problem.output_shape,
     )
@@ -482,7 +490,7 @@ def addressable(op: str, **shapes: Shape) -> None:
         elements = 1
         for size in shape:
             elements *= size
-        if elements > _INT64_MAX // _WIDEST or max(shape[1:]) > LARGEST:
+        if elements > _INT64_MAX // _WIDEST or max(shape[1:], default=0) > LARGEST:
             raise value_error(
                 op,
                 name,

@@ -12,7 +12,14 @@ import numpy as np
 
 from . import _dispatch
 from ._arrays import is_torch, memory, plain, spec, torch_ops
-from ._problem import cached_problem, four_sides, optional_integer, pair
+from ._problem import (
+    DeformConv2dProblem,
+    cached_problem,
+    four_sides,
+    optional_integer,
+    pair,
+    type_error,
+)
 
 Array = TypeVar("Array")
 
@@ -138,18 +145,76 @@ def deform_conv2d(
     problem = cached_problem(
         op, spec(input), spec(offset), spec(weight), spec(bias), spec(mask), None, *arguments
     )
-    chosen = _dispatch.choose(op, backend, "cpu")
-    output = np.empty(problem.output_shape, plain(input).dtype)
-    chosen.forward(
-        problem,
-        plain(input).reshape(problem.input_shape),
-        plain(offset).reshape(problem.offset_shape),
-        plain(weight),
-        None if bias is None else plain(bias),
-        None if mask is None else plain(mask).reshape(problem.mask_shape),
-        output,
+    return _run(op, problem, input, offset, plain(weight), bias, mask, backend)
+
+
+def conv2d(
+    input: np.ndarray,
+    weight: np.ndarray,
+    bias: np.ndarray | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, ...] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int | None = None,
+) -> np.ndarray:
+    r"""Convolve NumPy arrays: `deform_conv2d` with taps that stay on the lattice.
+
+    .. math::
+
+        y[n,o,p_0] = b[o] + \sum_{c,k} w[o,c,k] \; x\big[n, c, \; p_0 s - p + p_k d\big]
+
+    Parameters
+    ----------
+    input : array of shape (N, C, H, W), or (C, H, W) without a batch
+        float32, float64, float16 or ``ml_dtypes.bfloat16``; all arguments share one dtype.
+    weight : shape (O, C/groups, KH, KW)
+    bias : shape (O,), optional
+    stride, dilation : int or (h, w)
+    padding : int, (h, w), (top, bottom, left, right), "same" or "valid"
+        Zeros around the input. "same" needs stride 1.
+    groups : int, optional
+        ``C / weight.shape[1]`` when None, checked when given.
+
+    Returns
+    -------
+    array of shape (N, O, OH, OW), or (O, OH, OW) for an unbatched input
+
+    Raises
+    ------
+    TypeError, ValueError, MemoryError
+        As `deform_conv2d`. A torch tensor is a TypeError: torch has ``conv2d`` of its own.
+
+    Notes
+    -----
+    It is there so that a network with deformable layers runs where torch is not installed
+    (`dcnlib.edge`). CPU only, same kernels, dtypes, threads and reproducibility as `deform_conv2d`,
+    and the same bits as that function on finite inputs and offsets of zero. Forward only.
+
+    References
+    ----------
+    Dai et al., Deformable Convolutional Networks, 2017, https://arxiv.org/abs/1703.06211,
+    equation 1.
+
+    Examples
+    --------
+    >>> import numpy as np, dcnlib
+    >>> x = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    >>> dcnlib.conv2d(x, np.ones((1, 1, 1, 2), np.float32))[0, 0, 0]
+    array([1., 3., 5.], dtype=float32)
+    """
+    op = "conv2d"
+    arrays = {"input": input, "weight": weight, "bias": bias}
+    if is_torch(op, arrays, ("bias",)):
+        raise type_error(
+            op, "input", "computes with NumPy arrays", "numpy.ndarray", "torch.Tensor",
+            "use torch.nn.functional.conv2d, or call .numpy() on the tensors",
+        )  # fmt: skip
+    input, weight, bias = map(memory, arrays.values())
+    arguments = _arguments(op, weight, stride, padding, dilation, groups, None)
+    problem = cached_problem(
+        op, spec(input), None, spec(weight), spec(bias), None, None, *arguments
     )
-    return output if problem.batched else output[0]  # type: ignore[return-value]
+    return _run(op, problem, input, None, plain(weight), bias, None)
 
 
 def deform_conv2d_backward(
@@ -271,6 +336,32 @@ def deform_conv2d_backward(
         offset=grads.offset[0],
         mask=None if mask is None else grads.mask[0],
     )
+
+
+def _run(
+    op: str,
+    problem: DeformConv2dProblem,
+    input: np.ndarray,
+    offset: np.ndarray | None,
+    weight: Any,
+    bias: np.ndarray | None,
+    mask: np.ndarray | None,
+    backend: str | None = None,
+) -> Any:
+    """A checked forward call of NumPy arrays; `weight` is plain, or packed by the CPU backend."""
+    chosen = _dispatch.choose(op, backend, "cpu")
+    input = plain(input)
+    output = np.empty(problem.output_shape, input.dtype)
+    chosen.forward(
+        problem,
+        input.reshape(problem.input_shape),
+        None if offset is None else plain(offset).reshape(problem.offset_shape),
+        weight,
+        None if bias is None else plain(bias),
+        None if mask is None else plain(mask).reshape(problem.mask_shape),
+        output,
+    )
+    return output if problem.batched else output[0]
 
 
 def _arguments(

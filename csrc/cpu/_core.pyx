@@ -59,10 +59,63 @@ def use(name: str) -> None:
     kernels = dcn_cpu_usable()[usable().index(name)]
 
 
+cdef class PackedWeight:
+    """A weight as the instruction set in use reads it, for calls with one `packing_key`.
+
+    A call that it does not fit takes `source`, the weight itself.
+    """
+    cdef readonly object source
+    cdef object key
+    cdef void *memory
+    cdef const dcn_cpu_operator *kernel
+
+    def __cinit__(self, problem, weight):
+        cdef dcn_params params
+        cdef dcn_tensors tensors
+        cdef dcn_cpu_plan plan
+        cdef dcn_cpu_call call
+        cdef int64_t task
+        self.source, self.key = weight, packing_key(problem)
+        self.kernel = &kernels.deform_conv2d
+        fill_params(problem, &params)
+        memset(&tensors, 0, sizeof(tensors))
+        tensors.weight = address(weight, False)
+        self.kernel.plan(&params, DCN_FORWARD, 0, 1, &plan)
+        if posix_memalign(&self.memory, LINE, plan.weight_bytes + LINE) != 0:
+            self.memory = NULL
+            raise MemoryError(
+                "dcnlib: packed weight: does not fit into memory; "
+                f"expected room for {plan.weight_bytes} bytes"
+            )
+        call.params, call.tensors, call.plan = &params, &tensors, &plan
+        call.direction, call.shared, call.packed = DCN_FORWARD, self.memory, NULL
+        with nogil:
+            memset(self.memory, 0, plan.weight_bytes + LINE)
+            for task in range(plan.weight_tasks):
+                self.kernel.run(&call, 0, 0, task, NULL)
+
+    def __dealloc__(self):
+        free(self.memory)
+
+
+cdef packing_key(problem):
+    """All of a problem that the packed form depends on."""
+    return (
+        problem.in_channels, problem.out_channels, problem.kernel_h, problem.kernel_w,
+        problem.groups, problem.offset_groups, problem.dtype,
+    )
+
+
 def forward(problem, num_threads, input, offset, weight, bias, mask, output) -> None:
-    """Fill `output`."""
+    """Fill `output`; `weight` may be a `PackedWeight`, and `offset` None."""
     cdef dcn_params params
     cdef dcn_tensors tensors
+    cdef PackedWeight packed = None
+    if isinstance(weight, PackedWeight):
+        packed = weight
+        weight = packed.source
+        if packed.kernel != &kernels.deform_conv2d or packed.key != packing_key(problem):
+            packed = None
     fill_params(problem, &params)
     memset(&tensors, 0, sizeof(tensors))
     tensors.input = address(input, False)
@@ -71,7 +124,10 @@ def forward(problem, num_threads, input, offset, weight, bias, mask, output) -> 
     tensors.bias = address(bias, False)
     tensors.mask = address(mask, False)
     tensors.output = address(output, True)
-    execute(&kernels.deform_conv2d, &params, &tensors, DCN_FORWARD, 0, num_threads)
+    execute(
+        &kernels.deform_conv2d, &params, &tensors, DCN_FORWARD, 0, num_threads,
+        NULL if packed is None else packed.memory,
+    )
 
 
 def backward(
@@ -245,7 +301,7 @@ cdef void *address(operand, bint write) except? NULL:
 
 cdef int execute(
     const dcn_cpu_operator *kernel, dcn_params *params, dcn_tensors *tensors, int direction,
-    int wanted, int64_t num_threads,
+    int wanted, int64_t num_threads, const void *packed=NULL,
 ) except -1:
     cdef dcn_cpu_plan plan
     cdef dcn_cpu_call call
@@ -266,7 +322,7 @@ cdef int execute(
             memory = workspace(&plan, 1, &bytes)
         if memory != NULL:
             call.params, call.tensors, call.plan, call.direction = params, tensors, &plan, direction
-            call.shared = memory
+            call.shared, call.packed = memory, packed
             threads = dcn_threads_possible(allowed)
             if threads > 1:
                 run_team(kernel, &call, threads)
@@ -274,8 +330,11 @@ cdef int execute(
                 run_alone(kernel, &call)
             free(memory)
     if memory == NULL:
+        op = kernel.name.decode()
+        if kernel == &kernels.deform_conv2d and tensors.offset == NULL:
+            op = "conv2d"
         raise MemoryError(
-            f"{kernel.name.decode()}: workspace: does not fit into memory; expected room for "
+            f"{op}: workspace: does not fit into memory; expected room for "
             f"{bytes} bytes; use a smaller batch or image"
         )
     if threads < allowed:

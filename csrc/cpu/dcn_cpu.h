@@ -41,6 +41,8 @@ typedef struct {
   int64_t tasks[DCN_PHASES]; /* tasks of each phase (of the largest wave) */
   size_t shared_bytes;       /* workspace of the call, 64-byte aligned by the caller */
   size_t scratch_bytes;      /* workspace of each thread, 64-byte aligned by the caller */
+  int64_t weight_tasks;      /* forward: the first tasks of phase 0, which pack the weights ... */
+  size_t weight_bytes;       /* ... into the first bytes of the workspace and need no scratch */
   int64_t work;              /* multiply-adds of the whole call: too few are not worth a team */
   int64_t internal;          /* the kernels' own note */
 } dcn_cpu_plan;
@@ -53,6 +55,9 @@ typedef struct {
   const dcn_cpu_plan *plan;
   int direction;
   void *shared;
+  /* Forward: weights packed by those tasks of an earlier call on the same instruction set, with the
+   * same channels, kernel, groups, offset groups and dtype; null to pack them now. */
+  const void *packed;
 } dcn_cpu_call;
 
 typedef struct {

@@ -74,6 +74,8 @@ cdef extern from "dcn_cpu.h" nogil:
         int64_t waves, phases
         int64_t tasks[4]
         size_t shared_bytes, scratch_bytes
+        int64_t weight_tasks
+        size_t weight_bytes
         int64_t work
 
     ctypedef struct dcn_cpu_call:
@@ -82,6 +84,7 @@ cdef extern from "dcn_cpu.h" nogil:
         const dcn_cpu_plan *plan
         int direction
         void *shared
+        const void *packed
 
     ctypedef void (*dcn_cpu_plan_function)(
         const dcn_params *, int direction, int wanted, int num_threads, dcn_cpu_plan *) noexcept

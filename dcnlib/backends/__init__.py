@@ -7,7 +7,7 @@ A backend is a module with
 ``why_not(device)``
     None when it can run on that device ("cpu", "cuda"), otherwise the reason, with the cure.
 ``forward(problem, input, offset, weight, bias, mask, output, num_threads=None)``
-    fills `output`.
+    fills `output`. `offset` None stands for a plain convolution (cpu only).
 ``backward(problem, grad_output, input, offset, weight, mask, grads, num_threads=None)``
     fills `grads`: operands for input, offset, weight, bias, mask, or None where nobody asks.
 ``roi_pool_forward(problem, input, rois, offset, mask, output, num_threads=None)``,

@@ -228,7 +228,7 @@ static bool tap_corners_small(const dcn_params &p, const Frame &frame, int64_t t
 #endif
 
 /* Corners of taps tap .. tap + taps - 1 of one offset group, rows `tile_pitch` apart; whether some
- * mask is not finite. */
+ * mask is not finite. No offsets are offsets of 0. */
 template <class A, bool backward>
 static bool chunk_corners(const dcn_params &p, const dcn_tensors &tensors, const Frame &frame,
                           bool small, int64_t image, int64_t offset_group, int64_t tap,
@@ -240,10 +240,14 @@ static bool chunk_corners(const dcn_params &p, const dcn_tensors &tensors, const
   bool special = false;
   if (!tensors.mask)
     for (int64_t i = 0; i < tile_pitch; i++) tile.mask[i] = 1;
+  if (!tensors.offset)
+    for (int64_t i = 0; i < tile_pitch; i++) tile.offset_y[i] = tile.offset_x[i] = 0;
   for (int64_t t = 0; t < taps; t++) {
     const int64_t k = channel + tap + t;
-    read_row(tensors.offset, p.dtype, 2 * k * plane + first, 1, count, tile.offset_y);
-    read_row(tensors.offset, p.dtype, (2 * k + 1) * plane + first, 1, count, tile.offset_x);
+    if (tensors.offset) {
+      read_row(tensors.offset, p.dtype, 2 * k * plane + first, 1, count, tile.offset_y);
+      read_row(tensors.offset, p.dtype, (2 * k + 1) * plane + first, 1, count, tile.offset_x);
+    }
     if (tensors.mask) read_row(tensors.mask, p.dtype, k * plane + first, 1, count, tile.mask);
 #if DCN_VECTOR_BYTES
     if (small) {

@@ -2,7 +2,8 @@
  *
  *   y[n, o, p0] = b[o] + sum_{c, k} w[o, c, k] m[n, k, p0] S(x[n, c]; p0 s - pad + k d + offset)
  *
- * Zhu et al. 2019, equation 1 (Dai et al. 2017, equation 2, where m = 1).
+ * Zhu et al. 2019, equation 1 (Dai et al. 2017, equation 2, where m = 1). Without offsets: a plain
+ * convolution, equation 1 of Dai et al.
  *
  * Phases of a wave of images
  *   0  weights -> panels [group][panel][depth][2 vectors of outputs]   (first wave only)
@@ -231,7 +232,8 @@ static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const 
             row = at;
           }
           sample_block(slabs + slab * f.plane + c - slab_begin, steps, block.count, s.corners,
-                       special, count, f.tile_pitch, pixels, s.columns + filled, f.columns_row);
+                       sampling(tensors, special), count, f.tile_pitch, pixels, s.columns + filled,
+                       f.columns_row);
           filled += more;
           c += block.count;
         }
@@ -248,7 +250,7 @@ static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const 
 /* One channel per group: accumulate over the taps in registers, no columns, no product.
  *   result[i][c] (+)= sum_t w[t, c] sum_q weight[q][t, i] slab[at[t, i] + step(q) + c]
  * VECTORS of channels at once: five loads and broadcasts a tap and pixel, five loads a vector. */
-template <class A, int VECTORS, bool special>
+template <class A, int VECTORS, Sampling how>
 static void depthwise_vectors(const A *slab, const Steps &steps, const Corners<A> &corners,
                               int64_t taps, int64_t tile, int64_t pixels, const A *weight,
                               int64_t weight_row, A *result, int64_t result_row, bool accumulate) {
@@ -267,9 +269,10 @@ static void depthwise_vectors(const A *slab, const Steps &steps, const Corners<A
       const V w10 = splat(corners.weight[2][at]), w11 = splat(corners.weight[3][at]);
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v++) {
-        V s = w00 * load(v00 + v * L) + w01 * load(v01 + v * L) + w10 * load(v10 + v * L) +
-              w11 * load(v11 + v * L);
-        if (special) s *= corners.rest[at];
+        V s = load(v00 + v * L);
+        if (how != COPIED)
+          s = w00 * s + w01 * load(v01 + v * L) + w10 * load(v10 + v * L) + w11 * load(v11 + v * L);
+        if (how == SCALED) s *= corners.rest[at];
         acc[v] += s * load(weight + t * weight_row + v * L);
       }
     }
@@ -278,21 +281,33 @@ static void depthwise_vectors(const A *slab, const Steps &steps, const Corners<A
   }
 }
 
-template <class A, bool special>
-static void depthwise_block(const A *slab, const Steps &steps, int64_t channels,
-                            const Corners<A> &corners, int64_t taps, int64_t tile, int64_t pixels,
-                            const A *weight, int64_t weight_row, A *result, int64_t result_row,
-                            bool accumulate) {
+template <class A, Sampling how>
+static void depthwise_taps(const A *slab, const Steps &steps, int64_t channels,
+                           const Corners<A> &corners, int64_t taps, int64_t tile, int64_t pixels,
+                           const A *weight, int64_t weight_row, A *result, int64_t result_row,
+                           bool accumulate) {
   constexpr int64_t L = Vector<A>::lanes;
   int64_t c = 0;
-#define DCN_BLOCK(V)                                                                         \
-  for (; c + V * L <= round_up(channels, L); c += V * L)                                     \
-  depthwise_vectors<A, V, special>(slab + c, steps, corners, taps, tile, pixels, weight + c, \
-                                   weight_row, result + c, result_row, accumulate)
+#define DCN_BLOCK(V)                                                                     \
+  for (; c + V * L <= round_up(channels, L); c += V * L)                                 \
+  depthwise_vectors<A, V, how>(slab + c, steps, corners, taps, tile, pixels, weight + c, \
+                               weight_row, result + c, result_row, accumulate)
   DCN_BLOCK(4);
   DCN_BLOCK(2);
   DCN_BLOCK(1);
 #undef DCN_BLOCK
+}
+
+template <class A>
+static void depthwise_block(Sampling how, const A *slab, const Steps &steps, int64_t channels,
+                            const Corners<A> &corners, int64_t taps, int64_t tile, int64_t pixels,
+                            const A *weight, int64_t weight_row, A *result, int64_t result_row,
+                            bool accumulate) {
+  const auto taps_function = how == BILINEAR ? depthwise_taps<A, BILINEAR>
+                             : how == SCALED ? depthwise_taps<A, SCALED>
+                                             : depthwise_taps<A, COPIED>;
+  taps_function(slab, steps, channels, corners, taps, tile, pixels, weight, weight_row, result,
+                result_row, accumulate);
 }
 
 template <class A>
@@ -321,12 +336,8 @@ static void forward_depthwise_tile(const Forward<A> &f, const dcn_tensors &tenso
             known = count == taps ? block.offset_group : -1;
           }
           const A *w = weight + (j * taps + tap) * weight_row + c;
-          if (special)
-            depthwise_block<A, true>(channel, steps, block.count, s.corners, count, f.tile_pitch,
-                                     pixels, w, weight_row, s.result, f.result_row, tap > 0);
-          else
-            depthwise_block<A, false>(channel, steps, block.count, s.corners, count, f.tile_pitch,
-                                      pixels, w, weight_row, s.result, f.result_row, tap > 0);
+          depthwise_block(sampling(tensors, special), channel, steps, block.count, s.corners, count,
+                          f.tile_pitch, pixels, w, weight_row, s.result, f.result_row, tap > 0);
         }
         write_tile(tensors.output, p, p.out_channels, plane_out(p), image, c * outputs + j, outputs,
                    block.count, first, pixels, s.result, f.result_row, tensors.bias);
@@ -348,6 +359,8 @@ static void forward_plan(const dcn_params &p, int num_threads, dcn_cpu_plan *pla
   plan->tasks[1] = f.wave * f.tiles;
   plan->shared_bytes = shared.used;
   plan->scratch_bytes = scratch.used;
+  plan->weight_tasks = f.weight_tasks();
+  plan->weight_bytes = (size_t)f.weight_values() * sizeof(A);
   plan->internal = num_threads;
 }
 
@@ -358,10 +371,11 @@ static void forward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, i
   const Forward<A> f(p, (int)call.plan->internal);
   Arena shared_arena = {(char *)call.shared, 0}, arena = {(char *)memory, 0};
   const ForwardShared<A> shared(f, shared_arena);
+  const A *weight = call.packed ? (const A *)call.packed : shared.weight;
   const int64_t first_image = wave * f.wave, images = min(f.wave, p.batch - first_image);
   if (phase == 0) {
     if (task < f.weight_tasks()) {
-      if (wave > 0) return;
+      if (wave > 0 || call.packed) return;
       if (is_depthwise(p))
         pack_depthwise_weight(p, call.tensors->weight, shared.weight);
       else
@@ -383,11 +397,10 @@ static void forward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, i
   const A *slabs = shared.slabs + image * f.slabs.count * f.plane;
   const ForwardScratch<A> scratch(f, arena);
   if (is_depthwise(p))
-    forward_depthwise_tile(f, *call.tensors, shared.weight, slabs, first_image + image, first,
-                           pixels, scratch);
+    forward_depthwise_tile(f, *call.tensors, weight, slabs, first_image + image, first, pixels,
+                           scratch);
   else
-    forward_tile(f, *call.tensors, shared.weight, slabs, first_image + image, first, pixels,
-                 scratch);
+    forward_tile(f, *call.tensors, weight, slabs, first_image + image, first, pixels, scratch);
 }
 
 }  // namespace DCN_ISA

@@ -42,8 +42,16 @@ def why_not(device: str) -> str | None:
     return f"it computes on the CPU; move the tensors there with .cpu() (they are on {device})"
 
 
+def pack_weight(problem, weight):
+    """`weight` as the kernels read it, to be given to `forward` in its place; a copy.
+
+    It serves every call with these channels, kernel, groups, offset groups and dtype.
+    """
+    return _core.PackedWeight(problem, _storage(weight))
+
+
 def forward(problem, input, offset, weight, bias, mask, output, num_threads=None) -> None:
-    """Fill `output`; operands as in `dcnlib.backends`."""
+    """Fill `output`; operands as in `dcnlib.backends`, `weight` also from `pack_weight`."""
     if problem.dtype == "bfloat16":
         input, offset, weight, bias, mask, output = map(
             _storage, (input, offset, weight, bias, mask, output)

@@ -25,6 +25,7 @@ from .resample import deform_resample2d, deform_resample2d_backward
 if TYPE_CHECKING:
     from . import compat as compat
     from . import convert as convert
+    from . import edge as edge
     from . import nn as nn
     from . import optim as optim
 
@@ -46,7 +47,7 @@ __all__ = [
     "show_config",
 ]
 
-_LAZY = ("compat", "convert", "nn", "optim", "testing")
+_LAZY = ("compat", "convert", "edge", "nn", "optim", "testing")
 
 
 def __getattr__(name: str) -> Any:

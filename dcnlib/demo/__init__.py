@@ -2,7 +2,7 @@
 
 The same small network is trained three times on deformed handwritten digits (`digits`): plain,
 plain with one more layer, and with two deformable layers (`networks`). A table and a picture
-(`figure`) show the outcome.
+(`figure`) show the outcome. Then the deformable network runs without torch (`device`).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _BAR = "{desc:<28} {percentage:3.0f} % |{bar}| {n_fmt}/{total_fmt} steps, {remai
 
 def run(size: str = "default", output: str | Path = "demo-output", seed: int = 0) -> list:
     """Train, print, draw; the results of all runs (`networks.Result`)."""
-    _require("torch", "tqdm", "matplotlib")
+    _require("torch", "tqdm", "matplotlib", "safetensors")
     import torch
     from tqdm import tqdm
 
-    from . import figure, networks
+    from . import device, figure, networks
 
     train, test, epochs, seeds = SIZES[size]
     print(summary())
@@ -70,7 +70,11 @@ def run(size: str = "default", output: str | Path = "demo-output", seed: int = 0
     path = Path(output) / "demo.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.draw(results, data[1], path)
-    print(f"\nfigure: {path.resolve()}")
+    print(f"\nfigure: {path.resolve()}\n")
+
+    model = path.with_name("deformable.safetensors")
+    last = next(r for r in reversed(results) if r.name == networks.DEFORMABLE)
+    print(device.text(device.run(last.network, data[1], model), model))
     return results
 
 

@@ -76,11 +76,14 @@ TINY = Case(1, 1, 1, 1, 1)
 
 
 class Timed:
-    """Attributes of the timing classes: processor time of one thread, few samples or many."""
+    """Attributes of the timing classes: processor time of one thread, few samples or many.
+
+    Two rounds, which asv takes minutes apart: a busy neighbour rarely spoils both.
+    """
 
     timer = staticmethod(time.process_time)
     number = 1
-    rounds = 1 if PROFILE == "quick" else 2
+    rounds = 2
     warmup_time = 0.02 if PROFILE == "quick" else 0.1
     repeat = (3, 12, 0.15) if PROFILE == "quick" else (5, 40, 2.0)
 

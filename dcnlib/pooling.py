@@ -370,8 +370,9 @@ def deform_psroi_pool_backward(
     Parameters
     ----------
     grad_output : array or tensor in the shape and dtype of the output
-    input, rois, offset, spatial_scale, output_size, output_dim, no_offset, group_size, part_size, \
-sample_per_part, offset_std, mask, backend
+    input, rois, offset, spatial_scale, output_size, output_dim, no_offset, group_size
+        As for `deform_psroi_pool`.
+    part_size, sample_per_part, offset_std, mask, backend
         As for `deform_psroi_pool`.
 
     Returns

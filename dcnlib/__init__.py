@@ -23,6 +23,7 @@ from .pooling import (
 from .resample import deform_resample2d, deform_resample2d_backward
 
 if TYPE_CHECKING:
+    from . import analysis as analysis
     from . import compat as compat
     from . import convert as convert
     from . import edge as edge
@@ -47,7 +48,7 @@ __all__ = [
     "show_config",
 ]
 
-_LAZY = ("compat", "convert", "edge", "nn", "optim", "testing")
+_LAZY = ("analysis", "compat", "convert", "edge", "nn", "optim", "testing")
 
 
 def __getattr__(name: str) -> Any:

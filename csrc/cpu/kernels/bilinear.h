@@ -56,6 +56,15 @@ struct Corners {
     for (auto &array : fraction) array = arena.take<A>(backward ? count : 0);
     state = arena.take<I>(backward ? count : 0);
   }
+
+  /* What sampling reads, from pixel `first` of the tile on. */
+  Corners from(int64_t first) const {
+    Corners later = *this;
+    later.at += first;
+    for (auto &array : later.weight) array += first;
+    later.rest += first;
+    return later;
+  }
 };
 
 enum {

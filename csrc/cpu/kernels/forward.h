@@ -10,12 +10,15 @@
  *      images  -> slabs  [image][slab][pixel of the frame][pitch]
  *   1  tiles: every channel and output of `tile` pixels of one image
  *
- * Layouts of a tile, in the thread's scratch
- *   columns [tile][columns_pitch]      up to 576 columns: tap-major, a block's channels innermost
+ * A tile is sampled and multiplied strip by strip: the columns of a strip are read again while they are
+ * in the first-level cache or next to it, and the weights, which every strip reads, stay in the second.
+ *
+ * Layouts, in the thread's scratch
+ *   columns [strip][columns_pitch]     up to 576 columns: tap-major, a block's channels innermost
  *   result  [tile][groups * padded_out]
  *
  * Sums: per output element over (offset group, chunk, block, tap, channel), always in this order.
- * Scratch: tile * (columns + outputs) * sizeof(A), below half a megabyte, plus the corners of a chunk.
+ * Scratch: (strip * columns + tile * outputs) * sizeof(A), plus the corners of a chunk.
  */
 #ifndef DCN_FORWARD_H
 #define DCN_FORWARD_H
@@ -28,10 +31,11 @@ namespace DCN_ISA {
 
 constexpr int64_t WAVE_BYTES = 4 << 20; /* packed images of a wave, but at least one image */
 constexpr int64_t PACK_PIXELS = 1024;   /* pixels of one packing task */
-/* Columns and result of a tile, and its bytes a column: more pixels share a panel of weights where the
- * second-level cache holds them, a megabyte or more in machines with AVX-512. */
-constexpr int64_t TILE_BYTES = DCN_VECTOR_BYTES == 64 ? 832 << 10 : 512 << 10;
-constexpr int64_t TILE_COLUMN = DCN_VECTOR_BYTES == 64 ? 224 * 4 : 112 * 4;
+/* The result of a tile, and its bytes a column. */
+constexpr int64_t TILE_BYTES = 512 << 10;
+constexpr int64_t TILE_COLUMN = 224 * 4;
+constexpr int64_t STRIP = DCN_VECTOR_BYTES == 64 ? 2 * ROWS : 8 * ROWS; /* pixels */
+constexpr int PIECES = 16; /* blocks that are multiplied together */
 
 template <class A>
 struct Forward {
@@ -67,8 +71,7 @@ struct Forward {
       result_row = row_pitch<A>(p.groups * padded_out);
     }
     const int64_t pixels = plane_out(p);
-    const int64_t row_bytes = (columns_row + result_row) * (int64_t)sizeof(A);
-    tile = TILE_BYTES / row_bytes / ROWS * ROWS;
+    tile = TILE_BYTES / (result_row * (int64_t)sizeof(A)) / ROWS * ROWS;
     tile = max((int64_t)2 * ROWS, min(tile, TILE_COLUMN / (int64_t)sizeof(A)));
     tiles = ceil_div(pixels, tile);
     /* Few tiles: as many for every thread. */
@@ -108,7 +111,7 @@ struct ForwardScratch {
   A *columns, *result;
   ForwardScratch(const Forward<A> &f, Arena &arena)
       : tile(arena, f.tile_pitch), corners(arena, f.chunk * f.tile_pitch, false) {
-    columns = arena.take<A>(f.tile * f.columns_row);
+    columns = arena.take<A>(min(f.tile, STRIP) * f.columns_row);
     result = arena.take<A>(f.tile * f.result_row);
   }
 };
@@ -194,24 +197,43 @@ static void pack_slab(const dcn_params &p, const Slabs<A> &slabs, const Frame &f
              pixels, to, slabs.pitch);
 }
 
-/* Blocks are sampled side by side until the columns are full or the group ends, then multiplied. */
+/* Blocks that are sampled side by side and multiplied together, at the corners of one chunk. */
+template <class A>
+struct Pieces {
+  const A *slab[PIECES]; /* the block's first channel of the frame's first pixel */
+  int64_t channels[PIECES];
+  int count;
+  int64_t group, row, columns; /* they meet the group's weights from `row` on */
+};
+
+/* result (+)= columns * weights, strip by strip. */
+template <class A>
+static void multiply_pieces(const Forward<A> &f, const Pieces<A> &pieces, const A *weight,
+                            Sampling how, int64_t taps, int64_t pixels,
+                            const ForwardScratch<A> &s) {
+  constexpr int64_t L = Vector<A>::lanes;
+  const Steps steps(f.frame, f.slabs.pitch);
+  const A *panel = weight + (pieces.group * f.panels * f.depth + pieces.row) * 2 * L;
+  A *result = s.result + pieces.group * f.padded_out;
+  const int64_t strips = ceil_div(pixels, STRIP);
+  for (int64_t strip = 0; strip < strips; strip++) {
+    const int64_t first = pixels * strip / strips;
+    const int64_t rows = pixels * (strip + 1) / strips - first;
+    A *columns = s.columns;
+    for (int i = 0; i < pieces.count; columns += taps * pieces.channels[i++])
+      sample_block(pieces.slab[i], steps, pieces.channels[i], s.corners.from(first), how, taps,
+                   f.tile_pitch, rows, columns, f.columns_row);
+    gemm(rows, f.padded_out / L, pieces.columns, s.columns, f.columns_row, panel, 2 * L,
+         f.depth * 2 * L, result + first * f.result_row, f.result_row, pieces.row > 0);
+  }
+}
+
 template <class A>
 static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const A *weight,
                          const A *slabs, int64_t image, int64_t first, int64_t pixels,
                          const ForwardScratch<A> &s) {
   const dcn_params &p = f.p;
-  constexpr int64_t L = Vector<A>::lanes;
   const int64_t taps = taps_of(p), channels = group_in(p);
-  const Steps steps(f.frame, f.slabs.pitch);
-  int64_t group = 0, row = 0,
-          filled = 0; /* columns wait to meet the group's weights from `row` on */
-  const auto multiply = [&] {
-    const A *panel = weight + (group * f.panels * f.depth + row) * 2 * L;
-    if (filled)
-      gemm(pixels, f.padded_out / L, filled, s.columns, f.columns_row, panel, 2 * L,
-           f.depth * 2 * L, s.result + group * f.padded_out, f.result_row, row > 0);
-    filled = 0;
-  };
   tile_positions(p, first, pixels, s.tile);
   for (int64_t offset_group = 0; offset_group < p.offset_groups; offset_group++) {
     const int64_t begin = offset_group * offset_group_in(p), end = begin + offset_group_in(p);
@@ -220,28 +242,31 @@ static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const 
       const bool special =
           chunk_corners<A, false>(p, tensors, f.frame, f.small, image, offset_group, tap, count,
                                   first, pixels, f.tile_pitch, s.tile, f.slabs.pitch, s.corners);
+      Pieces<A> pieces = {};
+      const auto multiply = [&] {
+        multiply_pieces(f, pieces, weight, sampling(tensors, special), count, pixels, s);
+        pieces = {};
+      };
       for (int64_t slab = 0; slab < f.slabs.count; slab++) {
         const int64_t slab_begin = f.slabs.begin(slab), slab_end = f.slabs.end(p, slab);
         for (int64_t c = max(begin, slab_begin); c < min(end, slab_end);) {
           const Block block = block_at(p, c, slab_end);
-          const int64_t at = (c - block.group * channels) * taps + tap * block.count;
+          const int64_t row = (c - block.group * channels) * taps + tap * block.count;
           const int64_t more = count * block.count;
-          if (block.group != group || at != row + filled || filled + more > DEPTH) {
+          if (pieces.count && (block.group != pieces.group || row != pieces.row + pieces.columns ||
+                               pieces.columns + more > DEPTH || pieces.count == PIECES))
             multiply();
-            group = block.group;
-            row = at;
-          }
-          sample_block(slabs + slab * f.plane + c - slab_begin, steps, block.count, s.corners,
-                       sampling(tensors, special), count, f.tile_pitch, pixels, s.columns + filled,
-                       f.columns_row);
-          filled += more;
+          if (!pieces.count) pieces.group = block.group, pieces.row = row;
+          pieces.slab[pieces.count] = slabs + slab * f.plane + c - slab_begin;
+          pieces.channels[pieces.count++] = block.count;
+          pieces.columns += more;
           c += block.count;
         }
       }
+      multiply();
     }
   }
-  multiply();
-  for (group = 0; group < p.groups; group++)
+  for (int64_t group = 0; group < p.groups; group++)
     write_tile(tensors.output, p, p.out_channels, plane_out(p), image, group * group_out(p), 1,
                group_out(p), first, pixels, s.result + group * f.padded_out, f.result_row,
                tensors.bias);

@@ -190,6 +190,9 @@ static void write_walked(void *memory, const dcn_params &p, int64_t channels, in
       transpose<A>(block);
       A *to = (A *)memory + origin + i;
       if (is_direct<A>(p) && lines == L && columns == L) {
+        /* The lines of the next block: stores wait in order, prefetches do not. */
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < L; j++) prefetch_to_write(to + j * step * plane + L);
 #pragma GCC unroll 16
         for (int64_t j = 0; j < L; j++) store(to + j * step * plane, block[j] + add[j]);
       } else if (is_direct<A>(p) && columns == L) {

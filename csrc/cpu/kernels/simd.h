@@ -244,6 +244,7 @@ DCN_INLINE typename Vector<A>::V splat(A x) {
 }
 
 DCN_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
+DCN_INLINE void prefetch_to_write(void *p) { __builtin_prefetch(p, 1); }
 
 template <class T>
 DCN_INLINE T min(T a, T b) {

@@ -1,4 +1,4 @@
-"""The CUDA backend on the CPU: its emulation, built once a session, and calls that run through it."""
+"""Calls through the CUDA backend: on the CPU by its emulation, built once a session, or on a GPU."""
 
 from __future__ import annotations
 
@@ -10,29 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-
-from dcnlib import testing  # noqa: E402
-from dcnlib.backends import cuda  # noqa: E402
-from dcnlib.testing import Call  # noqa: E402
+from dcnlib import testing
+from dcnlib.backends import cuda
+from dcnlib.testing import Call
 
 sys.path.insert(0, str(Path(__file__).parent / "emulation"))
-import emulate  # noqa: E402
+import emulate
 
 #: What decides which emulated thread runs next, by the numbers of emulation.cpp.
 SCHEDULES = {"round": 0, "up": 1, "down": 2, "random": 3, "preempt": 4}
 
 
-class Emulation:
-    """Runs calls through the emulated backend."""
+class Runner:
+    """Runs calls through the backend, with tensors on one device."""
 
-    def __init__(self, path: Path) -> None:
-        self.library = ctypes.CDLL(str(path))
-        self.library.dcn_emulation_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64]
-        self.schedule("round")
-
-    def schedule(self, name: str, seed: int = 0) -> None:
-        self.library.dcn_emulation_schedule(SCHEDULES[name], seed)
+    def __init__(self, device: str) -> None:
+        self.torch = pytest.importorskip("torch")
+        self.device = device
 
     def run(
         self,
@@ -48,6 +42,7 @@ class Emulation:
 
         Results start as NaN and are all written, operands stay as they are; both are checked.
         """
+        torch = self.torch
         operands = [self._tensor(array, dtype) for array in call[:6]]
         problem = call.astype(dtype).problem()._replace(channels_last=channels_last)
         if channels_last:
@@ -74,21 +69,43 @@ class Emulation:
             assert tensor is None or torch.allclose(tensor, old, 0, 0, equal_nan=True), "changed"
         results = (output, *grads)
         return {
-            name: None if t is None else t.double().numpy()
+            name: None if t is None else t.double().cpu().numpy()
             for name, t in zip(testing.OUTPUTS, results, strict=True)
         }
 
     def _tensor(self, array: np.ndarray | None, dtype: str):
-        return None if array is None else torch.from_numpy(array).to(getattr(torch, dtype))
+        if array is None:
+            return None
+        return self.torch.from_numpy(array).to(self.device, getattr(self.torch, dtype))
 
     def _result(self, shape, like, channels_last: bool):
-        result = torch.full(tuple(shape), float("nan"), dtype=like.dtype)
-        return result.contiguous(memory_format=torch.channels_last) if channels_last else result
+        result = like.new_full(tuple(shape), float("nan"))
+        layout = self.torch.channels_last if channels_last else self.torch.contiguous_format
+        return result.contiguous(memory_format=layout)
+
+
+class Emulation(Runner):
+    """The emulated backend, and which of its threads go first."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("cpu")
+        self.library = ctypes.CDLL(str(path))
+        self.library.dcn_emulation_schedule.argtypes = [ctypes.c_int, ctypes.c_uint64]
+        self.library.dcn_emulation_launches.restype = ctypes.c_char_p
+        self.schedule("round")
+
+    def schedule(self, name: str, seed: int = 0) -> None:
+        self.library.dcn_emulation_schedule(SCHEDULES[name], seed)
+
+    def launches(self) -> str:
+        """The kernels since this was last asked, devices and streams, and the current device."""
+        return self.library.dcn_emulation_launches().decode()
 
 
 @pytest.fixture(scope="session")
 def emulation_path() -> Path:
     """The compiled emulation, in its default place."""
+    pytest.importorskip("Cython", reason="building the emulation's module needs Cython")
     return emulate.module(emulate.default_target())
 
 
@@ -98,3 +115,9 @@ def emulation(emulation_path: Path) -> Iterator[Emulation]:
     with cuda.settings(emulate=True):
         assert cuda.why_not("cpu") is None
         yield Emulation(emulation_path)
+
+
+@pytest.fixture
+def on_gpu() -> Runner:
+    """Calls on the first GPU; only for tests that are skipped where there is none."""
+    return Runner("cuda")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import pytest
 
+import dcnlib
 import isolated
+from dcnlib import _info
 from dcnlib.backends import cuda
 from dcnlib.backends.cuda import _status
 
@@ -87,21 +90,62 @@ def test_no_driver():
     assert text.startswith("there is no NVIDIA driver on this machine; ") and ".cpu()" in text
 
 
-def test_not_built(monkeypatch, tmp_path):
+@pytest.fixture
+def forget():
+    """The backend is asked afresh, before the test and after it."""
+    _status.why_no_device.cache_clear()
+    yield _status.why_no_device.cache_clear
+    _status.why_no_device.cache_clear()
+
+
+def test_not_built(monkeypatch, tmp_path, forget):
     """The reason that setup.py noted comes through, with the way out."""
     monkeypatch.setattr(_status, "core", lambda emulate: _status._not_built())
     note = Path(_status.__file__).with_name("not_built.txt")
     monkeypatch.setattr(_status, "_NOTE", tmp_path / note.name)
-    _status.why_no_device.cache_clear()  # other tests may have asked
     assert "no reason was noted" in cuda.why_not("cuda")
     (tmp_path / note.name).write_text("no nvcc was found\n")
-    _status.why_no_device.cache_clear()
-    text = cuda.why_not("cuda")
-    _status.why_no_device.cache_clear()
-    assert text == (
+    forget()
+    assert cuda.why_not("cuda") == (
         "this dcnlib was built without its CUDA part: no nvcc was found; "
         "move the tensors to the CPU with .cpu() and dcnlib runs there"
     )
+
+
+class Core:
+    """The compiled module as it answers in some state."""
+
+    def __init__(self, *state, capability=(9, 0)):
+        self.state = lambda: state
+        self.device = lambda index: ("NVIDIA H100", *capability, 132, 80 << 30)
+        self.archs = lambda: "90+ptx"
+        self.error_text = lambda code: f"error {code}"
+
+
+STATES = {
+    "this dcnlib was built without its CUDA part: ": "this dcnlib was built without its CUDA part: ?",
+    "there is no NVIDIA driver": Core(35, 0, 13000, 0),
+    "the NVIDIA driver is too old: ": Core(35, 12080, 13000, 0),
+    "there is an NVIDIA driver, but no device": Core(100, 13000, 13000, 0),
+    "there is no kernel image for NVIDIA H100 (capability 7.5)": Core(
+        0, 13000, 13000, 1, capability=(7, 5)
+    ),
+    "ready": Core(0, 13000, 13000, 1),
+}
+
+
+@pytest.mark.parametrize("says", STATES)
+def test_states_are_told_apart(monkeypatch, forget, says):
+    """By `dcnlib.backends` and by `python -m dcnlib info`; only the last one is available."""
+    monkeypatch.setattr(_status, "core", lambda emulate: STATES[says])
+    available, reason = dcnlib.backends()["cuda"]
+    assert available == (says == "ready") and reason.startswith(says)
+    assert available or reason.endswith(
+        "; move the tensors to the CPU with .cpu() and dcnlib runs there"
+    )
+    text = _info.text(_info.collect())
+    assert f"cuda       {'runs' if available else 'does not run: ' + reason}" in text
+    assert ("NVIDIA H100, capability 9.0, 132 multiprocessors, 80 GiB" in text) == available
 
 
 @pytest.mark.parametrize(
@@ -142,9 +186,8 @@ def test_what_a_state_means(state, reason):
     assert text is None if reason is None else re.search(reason, text)
 
 
-def test_emulation_says_so(emulation_path):
+def test_emulation_says_so(emulation):
     """As a whole process: on CPU tensors and arrays it runs, for CUDA tensors it has a reason."""
-    pytest.importorskip("torch")
     code = (
         "import numpy as np, dcnlib\n"
         "x = np.ones((1, 1, 2, 2), np.float32); o = np.zeros((1, 2, 2, 2), np.float32)\n"
@@ -177,6 +220,31 @@ def test_import_asks_no_driver():
     assert isolated.python(code).stdout.split() == ["False", "False", "False"]
 
 
+def test_the_module_needs_no_cuda_library():
+    """The CUDA runtime is inside and loads the driver itself, when somebody asks for devices."""
+    if not BUILT:
+        pytest.skip(f"there is no CUDA module: {_status.core(False)}")
+    path = importlib.util.find_spec("dcnlib.backends.cuda._core").origin
+    said = subprocess.run(["readelf", "-dW", path], capture_output=True, text=True, check=True)
+    needed = re.findall(r"\(NEEDED\)\s+Shared library: \[(\w[\w+-]*)", said.stdout)
+    assert "libc" in needed and not {"libcuda", "libcudart", "libtorch", "libc10"} & {*needed}
+
+
+def test_launches_are_all_that_kernels_sources_ask_of_cuda():
+    """No allocation, no copy, no synchronisation: calls can be queued and captured."""
+    root = Path(__file__).parents[2] / "csrc/cuda"
+    used = {
+        name
+        for path in root.glob("*.*")
+        for name in re.findall(r"\bcuda[A-Z]\w+(?=\()", path.read_text())
+    }
+    assert used == {
+        "cudaGetDevice", "cudaSetDevice", "cudaGetLastError", "cudaGetErrorString",
+        "cudaGetDeviceCount", "cudaGetDeviceProperties", "cudaDriverGetVersion",
+        "cudaRuntimeGetVersion",
+    }  # fmt: skip
+
+
 # ---- setup.py ----------------------------------------------------------------------------------
 
 
@@ -191,7 +259,10 @@ def setup_py():
         "setuptools.setup = lambda **k: None\n"
         "Cython.Build.cythonize = lambda *a, **k: []\n"
         f"names = runpy.run_path({str(root / 'setup.py')!r})\n"
+        "names['build'] = names['BuildExt'](setuptools.Distribution())\n"
+        "names['build'].build_temp = '/nonexistent'\n"
         "try: print(eval(sys.argv[1], names))\n"
+        "except SystemExit as stop: print('stopped:', stop)\n"
         "except names['CudaMissing'] as missing: print('missing:', missing)"
     )
 
@@ -230,6 +301,37 @@ def test_setup_takes_the_nvcc_that_is_named(setup_py, tmp_path):
     assert broken == f"missing: {nvcc} does not work: error: the toolkit is broken"
 
 
+def test_setup_switch(setup_py, tmp_path):
+    """auto goes on without CUDA and notes why, 1 stops with the reason, 0 does not look."""
+    nowhere = {"CUDA_HOME": str(tmp_path)}
+    reason = f"CUDA_HOME={tmp_path} does not exist"
+    auto = setup_py("build.build_cuda()", DCNLIB_CUDA="auto", **nowhere)
+    assert auto == (
+        f"dcnlib: no CUDA backend: {reason}. The CPU backend is complete without it.\n{reason}"
+    )
+    must = setup_py("build.build_cuda()", DCNLIB_CUDA="1", **nowhere)
+    assert must == f"stopped: dcnlib: DCNLIB_CUDA=1, but {reason}"
+    assert setup_py("build.build_cuda()", DCNLIB_CUDA="0") == "DCNLIB_CUDA=0 when it was built"
+
+
+def test_setup_compiles_for_every_architecture(setup_py, tmp_path):
+    """What nvcc is asked for: sm_75 to sm_120 and PTX, compressed; a plain build is sm_90 and PTX."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    nvcc.chmod(0o755)
+    for archs in ("all", "90+ptx"):
+        (tmp_path / "asked").unlink(missing_ok=True)
+        expression = f"cuda_objects({str(nvcc)!r}, cuda_archs(), Path({str(tmp_path / archs)!r}))"
+        assert setup_py(expression, DCNLIB_CUDA_ARCHS=archs).count(".o'") == 5
+        asked = (tmp_path / "asked").read_text().splitlines()
+        assert len(asked) == 5
+        for line in asked:
+            codes = re.findall(r"code=(\w+)", line)
+            numbers = [75, 80, 86, 89, 90, 100, 120] if archs == "all" else [90]
+            assert codes == [*(f"sm_{n}" for n in numbers), f"compute_{numbers[-1]}"]
+            assert ("-compress-all" in line) == (archs == "all")
+
+
 # ---- machine code ------------------------------------------------------------------------------
 
 
@@ -251,3 +353,72 @@ def test_machine_code_is_as_committed():
     if tools.version != version:
         pytest.skip(f"the table is of nvcc {version}, this is {tools.version}: not compared")
     assert not resources.differences(resources.measure(tools), expected)
+
+
+@pytest.fixture
+def verified():
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tools/gpu"))
+    import verified
+
+    return verified
+
+
+def test_the_record_of_hardware_runs(verified):
+    """VERIFIED.json says what a GPU has run, or that none has, file by file."""
+    record = json.loads(verified.RECORD.read_text())
+    assert record.keys() == {"hardware_run", "device", "date", "stages", "sources"}
+    ran = record["hardware_run"] == "passed"
+    assert ran or record["hardware_run"] == "outstanding"
+    assert ran == bool(record["device"]) == bool(record["date"]) == bool(record["stages"])
+    assert {"csrc/bilinear.h", "csrc/cuda/rows.cu"} < record["sources"].keys()
+    for name, digest in record["sources"].items():
+        assert re.fullmatch("[0-9a-f]{64}", digest), name
+    if not ran:  # what waits is what is there; `tools/gpu/verified.py --outstanding` notes it
+        present = verified.sources()
+        assert {n: d for n, d in record["sources"].items() if "cuda/" in n and n in present} == {
+            n: d for n, d in present.items() if "cuda/" in n
+        }
+    assert ran or verified.state().startswith("The hardware run is outstanding")
+
+
+def test_a_hardware_run_is_recorded(verified, monkeypatch, tmp_path):
+    """From outstanding to passed, and what is said when a source changes afterwards."""
+    monkeypatch.setattr(verified, "RECORD", tmp_path / "VERIFIED.json")
+    verified.write("outstanding")
+    assert (
+        verified.state() == "The hardware run is outstanding: no GPU has run the CUDA sources yet."
+    )
+    verified.write("passed", "NVIDIA H100, 580.1", ["build 60 s passed"])
+    assert verified.state().startswith("NVIDIA H100, 580.1 ran these CUDA sources on 20")
+    found = json.loads(verified.RECORD.read_text())
+    found["sources"]["csrc/cuda/rows.cu"] = "0" * 64
+    del found["sources"]["csrc/cuda/sorted.cu"]
+    verified.RECORD.write_text(json.dumps(found))
+    assert verified.state().endswith(
+        "have changed since: csrc/cuda/rows.cu, csrc/cuda/sorted.cu. The hardware run is outstanding."
+    )
+
+
+# ---- tools/gpu/check.sh ------------------------------------------------------------------------
+
+
+def test_check_goes_on_behind_failures(tmp_path):
+    """Every stage runs and is judged, also when none before it has passed."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        ["bash", str(root / "tools/gpu/check.sh"), str(tmp_path / "out")],
+        env=os.environ | {"PYTHON": "false", "CUDACXX": "false"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    summary = (tmp_path / "out/summary.txt").read_text()
+    stages = re.findall(r"^(\w+) +\d+ s  (\w+)", summary, re.M)
+    assert [name for name, _ in stages] == [
+        "environment", "build", "selftest", "sanitizer", "tests", "bench", "profile"
+    ]  # fmt: skip
+    verdicts = dict(stages)
+    assert {verdicts[name] for name in ("build", "selftest", "tests", "bench")} == {"FAILED"}
+    assert done.returncode == 1 and "failed: build selftest" in done.stdout.splitlines()[-1]
+    budgets = re.findall(r"limit (\d+) s", done.stdout)
+    assert len(budgets) == len(stages) and sum(map(int, budgets)) <= 600

@@ -584,6 +584,7 @@ void run_large() {
 }  // namespace
 
 int main(int argc, char **argv) {
+  setvbuf(stdout, nullptr, _IOLBF, 1 << 16); /* what was found is out before a crash */
   if (argc > 1 && !strcmp(argv[1], "large")) {
     run_large();
     printf("selftest: indices beyond 2^31, %d failures\n", failures);
@@ -591,7 +592,7 @@ int main(int argc, char **argv) {
   }
   const int count = argc > 1 ? atoi(argv[1]) : 200;
   const int first = argc > 2 ? atoi(argv[2]) : 0;
-  for (int seed = first; seed < first + count && failures < 20; seed++) run((uint64_t)seed);
+  for (int seed = first; seed < first + count && failures < 5; seed++) run((uint64_t)seed);
   printf("selftest: %d configurations, %d failures\n", count, failures);
   return failures ? 1 : 0;
 }

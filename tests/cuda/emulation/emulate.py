@@ -3,8 +3,8 @@
     python tests/cuda/emulation/emulate.py               -> dcnlib/backends/cuda/_emulated.so
     DCNLIB_CUDA_EMULATE=1 python -c "..."                backend="cuda" takes CPU tensors
 
-`module` builds the Cython module, `selftest` the program of tools/gpu; both compile only what has
-changed. Never part of a wheel.
+`module` builds the Cython module, `program` those of tools/gpu; both compile only what has changed.
+Never part of a wheel.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ BUILD = ROOT / "build/emulation"
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 EMULATION = HERE / "emulation.cpp"
 SELFTEST = ROOT / "tools/gpu/selftest.cu"
+RATES = ROOT / "tools/gpu/rates.cu"
 FLAGS = [
     "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off",
     "-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-psabi",
@@ -61,8 +62,8 @@ def module(target: Path) -> Path:
     return target
 
 
-def selftest(extra: Sequence[str], planted: Mapping[str, str] | None = None) -> Path:
-    """tools/gpu/selftest.cu as a program, compiled with `extra` flags.
+def program(main: Path, extra: Sequence[str], planted: Mapping[str, str] | None = None) -> Path:
+    """`main` with the kernels as a program, compiled with `extra` flags.
 
     `planted` has other texts for some files of csrc/cuda, by name.
     """
@@ -77,7 +78,7 @@ def selftest(extra: Sequence[str], planted: Mapping[str, str] | None = None) -> 
             kernel.parent.mkdir(parents=True, exist_ok=True)
             kernel.write_text(text.replace('#include "../', f'#include "{ROOT}/csrc/'))
         sources.append(kernel)
-    objects = _compile([(source, list(extra)) for source in (*sources, SELFTEST, EMULATION)])
+    objects = _compile([(source, list(extra)) for source in (*sources, main, EMULATION)])
     return _link(objects, [flag for flag in extra if flag.startswith("-fsanitize")])
 
 

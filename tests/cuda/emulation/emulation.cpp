@@ -14,6 +14,8 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include <set>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -44,6 +46,15 @@ enum Schedule { ROUND, UP, DOWN, RANDOM, PREEMPT };
 Schedule schedule = ROUND;
 uint64_t random_state = 1;
 cudaError_t last_error = cudaSuccess;
+
+constexpr int DEVICES = 2; /* alike, and with the same memory */
+int device = 0;
+
+/* What has been launched since dcn_emulation_launches was asked. */
+struct Launched {
+  std::set<std::string> kernels;
+  std::set<std::pair<int, void *>> places; /* device and stream */
+} launched;
 
 uint64_t random_number() { /* xorshift */
   random_state ^= random_state << 13;
@@ -118,7 +129,8 @@ struct Block {
   const Launch *launch;
   std::vector<Fibre> fibres;
   std::vector<Array> arrays;
-  uint64_t ready[MOST_THREADS / 64]; /* a bit for each fibre that is READY */
+  uint64_t ready[MOST_THREADS / 64];    /* a bit for each fibre that is READY */
+  int64_t meeting[MOST_THREADS / WARP]; /* fibres of a warp that wait in a shuffle */
   int64_t current, done;
   bool failed;
 } block;
@@ -271,6 +283,7 @@ void run_fibres() {
 #endif
   block.fibres.assign((size_t)n, Fibre{});
   memset(block.ready, 0, sizeof(block.ready));
+  memset(block.meeting, 0, sizeof(block.meeting));
   for (int64_t i = 0; i < n; i++) {
     start_context(&block.fibres[i].context, stacks + i * STACK, fibre_main);
     set_state(i, READY);
@@ -310,6 +323,10 @@ void launch(const Launch &launch) {
     last_error = cudaErrorInvalidConfiguration;
     return;
   }
+  launched.places.emplace(device, launch.stream);
+  const std::string kernel = launch.kernel; /* "(corner_keys<T, int64_t>)" */
+  const size_t begin = kernel.find_first_not_of('(');
+  launched.kernels.insert(kernel.substr(begin, kernel.find('<') - begin));
   block.launch = &launch;
   blockDim = {(unsigned)launch.threads, 1, 1};
   gridDim = {(unsigned)launch.blocks, 1, 1};
@@ -367,7 +384,8 @@ void exchange(const void *mine, void *other, size_t bytes, int xor_lane) {
   fibre.offered_bytes = bytes;
   const int64_t end = first + WARP < (int64_t)blockDim.x ? first + WARP : (int64_t)blockDim.x;
   /* The last to come copies for all: offers lie on the others' stacks, which stand still. */
-  if (count(first, end, AT_EXCHANGE) == end - first - 1) {
+  if (++block.meeting[first / WARP] == end - first) {
+    block.meeting[first / WARP] = 0;
     for (int64_t i = first; i < end; i++)
       if (block.fibres[i].offered_bytes != bytes) fail("threads meet in different shuffles");
     static char values[WARP][16];
@@ -398,6 +416,20 @@ extern "C" {
 __attribute__((visibility("default"))) void dcn_emulation_schedule(int order, uint64_t seed) {
   emulation::schedule = static_cast<emulation::Schedule>(order);
   emulation::random_state = seed * 2 + 1;
+}
+
+/* The kernels launched since this was last asked, the devices and streams they were launched on, and
+ * the device that is current now. */
+__attribute__((visibility("default"))) const char *dcn_emulation_launches() {
+  static std::string text;
+  text.clear();
+  for (const std::string &kernel : emulation::launched.kernels) text += kernel + " ";
+  for (const auto &[device, stream] : emulation::launched.places)
+    text += "device " + std::to_string(device) + " stream " +
+            std::to_string(reinterpret_cast<uintptr_t>(stream)) + " ";
+  text += "now " + std::to_string(emulation::device);
+  emulation::launched = {};
+  return text.c_str();
 }
 }
 
@@ -432,16 +464,20 @@ cudaError_t cudaGetLastError() {
   return error;
 }
 cudaError_t cudaGetDevice(int *device) {
-  *device = 0;
+  *device = emulation::device;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= emulation::DEVICES) return cudaErrorInvalidDevice;
+  emulation::device = device;
+  return cudaSuccess;
+}
 cudaError_t cudaGetDeviceCount(int *count) {
-  *count = 1;
+  *count = emulation::DEVICES;
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *properties, int device) {
-  if (device != 0) return cudaErrorInvalidDevice;
+  if (device < 0 || device >= emulation::DEVICES) return cudaErrorInvalidDevice;
   *properties = {"emulation on the CPU", 9, 0, 1, 0};
   return cudaSuccess;
 }

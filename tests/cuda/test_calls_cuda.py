@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import types
 
 import numpy as np
 import pytest
@@ -155,6 +157,89 @@ def test_failed_launch_raises_and_leaves_nothing_behind(emulation):
     testing.assert_equal(call.run("cuda"), expected)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+def test_device_and_stream_of_every_launch(emulation, monkeypatch, channels_last):
+    """The call's own, whichever is current; the current device is left as it was."""
+    core = cuda._status.core(True)
+
+    def call_elsewhere(problem, **keywords):
+        return core.Call(problem, **(keywords | {"device": 1, "stream": 64}))
+
+    elsewhere = types.SimpleNamespace(Call=call_elsewhere)
+    monkeypatch.setattr(cuda._status, "core", lambda emulate: elsewhere)
+    call = testing.lattice(PROBLEMS["channels_64"], 0, (2, 2, 1))
+    passes = {"finish_rows"} if channels_last else {"finish_planar", "pack_planar"}
+    emulation.launches()
+    for kernels, deterministic in itertools.product(("planar", "rows"), (False, True)):
+        emulation.run(
+            call, "float32", channels_last=channels_last, deterministic=deterministic,
+            kernels=kernels,
+        )  # fmt: skip
+        passes |= {f"{kernels}_sample", f"{kernels}_backward"}
+        passes |= {"corner_keys", "gather"} if deterministic else set()
+        assert emulation.launches() == " ".join([*sorted(passes), "device 1 stream 64 now 0"])
+        passes -= {f"{kernels}_sample", f"{kernels}_backward", "corner_keys", "gather"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_asked_of_torch_for_a_gpu(monkeypatch, dtype):
+    """Tensors without data that call themselves CUDA's: shapes, dtypes, stream, and no value is read.
+
+    Whoever read one would wait for the device. The products are those that the emulation cannot make.
+    """
+    torch = pytest.importorskip("torch")
+    from dcnlib.backends.cuda import _pipeline
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+        def get_device(self):
+            return 1
+
+        def data_ptr(self):
+            return 16
+
+    seen = []
+
+    class Passes:
+        def __init__(self, problem, *, device, stream, blocks, **others):
+            seen.append((device, stream, blocks))
+
+        def __getattr__(self, name):
+            return lambda *arguments: seen.append(name)
+
+    stream = types.SimpleNamespace(cuda_stream=64)
+    take = _pipeline._Run.empty
+    monkeypatch.setattr(cuda._status, "core", lambda emulate: types.SimpleNamespace(Call=Passes))
+    monkeypatch.setattr(_pipeline, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(_pipeline._Run, "empty", lambda *a: take(*a).as_subclass(OnGpu))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    call = testing.real(Geometry(2, 16, 9, 10, 4, THREE, padding=SAME), 0).astype(dtype)
+    for channels_last, deterministic in itertools.product((False, True), repeat=2):
+        problem = call.problem()._replace(channels_last=channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        tensors = [
+            torch.empty(array.shape, dtype=getattr(torch, dtype), device="meta")
+            .to(memory_format=layout if index in (0, 5) else torch.contiguous_format)
+            .as_subclass(OnGpu)
+            for index, array in enumerate(call[:6])
+        ]
+        grads = [torch.empty_like(tensor) for tensor in tensors[:5]]
+        input, offset, weight, _, mask, grad_output = tensors
+        seen.clear()
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            cuda.forward(problem, *tensors[:5], torch.empty_like(grad_output))
+            cuda.backward(problem, grad_output, input, offset, weight, mask, grads)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        begin = [(1, 64, 16 * 132), "images", "pixels"]
+        pack, sort = ["pack"] * (not channels_last), ["keys", "gather"] * deterministic
+        assert seen == [*begin, "sample", "finish", *begin, *pack, "backward", *sort]
+
+
 # ---- torch -------------------------------------------------------------------------------------
 
 
@@ -190,24 +275,22 @@ def test_operators_obey_torch(emulation):
     )
 
 
-def test_autocast_keeps_products_wide(emulation):
-    """Under autocast the operator runs in 16 bits, its products as without."""
+@pytest.mark.parametrize("kernels", ["planar", "rows"])
+def test_deterministic_algorithms_sort(emulation, kernels):
+    """torch's switch decides for a program that knows nothing of this backend."""
     torch = pytest.importorskip("torch")
-    arguments = tensors(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = through_cuda(*arguments)
-    expected = through_cuda(*(t.bfloat16() for t in arguments))
-    assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
-
-
-def test_vmap_and_unbatched(emulation):
-    torch = pytest.importorskip("torch")
-    input, offset, weight, bias, mask = (t.detach() for t in tensors(torch.float32))
-    expected = through_cuda(input, offset, weight, bias, mask)
-    each = torch.func.vmap(lambda x, o, m: through_cuda(x, o, weight, bias, m))(input, offset, mask)
-    assert torch.allclose(each, expected, atol=1e-6)
-    one = through_cuda(input[0], offset[0], weight, bias, mask[0])
-    assert torch.allclose(one, expected[0], atol=1e-6)
+    torch_before = torch.are_deterministic_algorithms_enabled()
+    for deterministic in (False, True):
+        arguments = tensors(torch.float64)
+        emulation.launches()
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            with cuda.settings(kernels=kernels):
+                through_cuda(*arguments).sum().backward()
+        finally:
+            torch.use_deterministic_algorithms(torch_before)
+        launched = emulation.launches().split()
+        assert ({"corner_keys", "gather"} <= set(launched)) == deterministic, launched
 
 
 def test_results_keep_channels_last(emulation):

@@ -87,8 +87,9 @@ def run(code, line, page, namespace):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page))], ids=name)
-def test_examples(page):
+def test_examples(page, tmp_path, monkeypatch):
     """The examples of a page run one after the other, as a reader would type them."""
+    monkeypatch.chdir(tmp_path)  # some write files
     namespace = {}
     for line, code in blocks(page):
         if "torch" in code and not HAS_TORCH:
@@ -124,6 +125,9 @@ def test_docstrings(module):
         if error.name in ("torch", "matplotlib"):  # extras; only the demo draws
             pytest.skip(f"no {error.name}")
         raise
+    examples = [e for test in doctest.DocTestFinder().find(loaded, module) for e in test.examples]
+    if not HAS_TORCH and any("torch" in example.source for example in examples):
+        pytest.skip("no torch")
     failed, _ = doctest.testmod(loaded)
     assert failed == 0
 

@@ -187,6 +187,7 @@ class Conv2d(_Convolution):
 @register
 class DeformConv2d(_Convolution):
     saves = ("dcnlib.nn.DeformConv2d",)
+    offset_groups: int | None = None  # as many as the offset has
 
     def __init__(self, tensors: Tensors, **settings: Any) -> None:
         super().__init__(tensors, **settings)
@@ -198,7 +199,8 @@ class DeformConv2d(_Convolution):
         op = "deform_conv2d"
         given = {"input": input, "offset": offset, "mask": mask}
         input, offset, mask = arrays(op, given, ("mask",))
-        return self.weight(op, input, offset, mask, self.place, self.groups, None)
+        groups = self.groups, self.offset_groups
+        return self.weight(op, input, offset, mask, self.place, *groups)
 
 
 class _Pack(_Convolution):

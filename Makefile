@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-timing bench bench-asv lint format wheel docs clean distclean
+.PHONY: help demo test test-timing test-wheel test-aarch64 test-onnx bench bench-asv lint format wheel docs clean distclean
 
 # The first Python on the path that is new enough; none leaves PYTHON empty, and venv says so.
 PYTHON ?= $(shell for python in python3 python3.15 python3.14 python3.13 python3.12 python3.11; do \
@@ -32,7 +32,10 @@ help:
 	@echo "make bench   the speed of this machine against a plain convolution, by class of layers"
 	@echo "make bench-asv   the last commit's benchmarks and their pages (ARGS='history -n 5')"
 	@echo "make lint    ruff, clang-format, cython-lint, mypy; make format repairs what it can"
-	@echo "make wheel   dist/*.tar.gz and dist/*.whl"
+	@echo "make wheel   dist/: sdist and release wheels for x86-64 and, with a cross compiler, aarch64"
+	@echo "make test-wheel     NumPy tests of that wheel on every Python from 3.11 on that is at hand"
+	@echo "make test-onnx      export to ONNX, against onnxruntime"
+	@echo "make test-aarch64   tests of the aarch64 wheel in an emulator (ARGS='-k lattice')"
 	@echo "make docs    docs/_build/html"
 	@echo "make clean   remove what was built; make distclean removes $(VENV) too"
 
@@ -69,8 +72,18 @@ format: $(VENV)/tools
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 wheel: $(VENV)/tools
-	rm -rf build dist
-	$(BIN)/python -m build
+	$(BIN)/python tools/wheel.py
+
+test-wheel: $(VENV)/tools
+	@test -d dist || $(BIN)/python tools/wheel.py
+	@$(BIN)/python tools/wheel.py test
+
+test-onnx: $(VENV)/built $(VENV)/onnx
+	@$(BIN)/python -m pytest tests/edge/test_onnx.py $(ARGS)
+
+# The wheel in dist is tested; make wheel builds it anew.
+test-aarch64: $(VENV)/tools
+	@$(BIN)/python tools/aarch64.py test $(ARGS)
 
 docs: $(VENV)/built $(VENV)/tools
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
@@ -83,7 +96,7 @@ clean:
 	find dcnlib tests docs -name __pycache__ -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) .aarch64
 
 # --- set-up; each file is the stamp of a finished step -------------------------------------------
 
@@ -130,6 +143,11 @@ $(VENV)/built: $(VENV)/packages $(SOURCES)
 $(VENV)/asv: $(VENV)/made pyproject.toml
 	@$(call requirements,bench) > $(VENV)/requirements-bench.txt
 	@$(PIP) --quiet -r $(VENV)/requirements-bench.txt
+	@touch $@
+
+$(VENV)/onnx: $(VENV)/packages
+	@$(call requirements,onnx) > $(VENV)/requirements-onnx.txt
+	@$(PIP) --quiet "$(TORCH)" -r $(VENV)/requirements-onnx.txt
 	@touch $@
 
 $(VENV)/tools: $(VENV)/made pyproject.toml

@@ -96,6 +96,35 @@ def test_one_openmp_runtime(code):
     assert "libgomp" in runtimes[0] or "libomp" in runtimes[0]
 
 
+@needs_openmp
+@pytest.mark.parametrize("system_has_one", [True, False])
+def test_own_libgomp_only_where_there_is_none(tmp_path, system_has_one):
+    """A wheel's copy is not touched as long as the core finds one by itself."""
+    runtime = next(iter(output(USE + PRINT_RUNTIMES)))
+    if "libgomp" not in runtime:
+        pytest.skip("built with another OpenMP runtime")
+    package = Path(dcnlib.__file__).parent
+    shutil.copytree(package, tmp_path / "dcnlib", ignore=shutil.ignore_patterns("__pycache__"))
+    copy = tmp_path / "dcnlib" / "_libs" / "libgomp.so.1"
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(runtime, copy)
+    hide = """
+import importlib
+real, asked = importlib.import_module, []
+def without_libgomp(name, package=None):
+    asked.append(name)
+    if asked.count("._core") == 1 and name == "._core":
+        raise ImportError("libgomp.so.1: cannot open shared object file: No such file or directory")
+    return real(name, package)
+importlib.import_module = without_libgomp
+"""
+    child = isolated.python(
+        ("" if system_has_one else hide) + USE + PRINT_RUNTIMES, PYTHONPATH=str(tmp_path)
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.split() == [runtime if system_has_one else str(copy)]
+
+
 @pytest.fixture
 def source_only(tmp_path):
     """A copy of the package as it stands in a fresh clone."""

@@ -20,10 +20,28 @@ def _forked_with_openmp() -> bool:
         return False
 
 
+def _import_core():
+    """The compiled part; with the wheel's own libgomp if the system has none.
+
+    The copy has its plain name, so that whoever loads libgomp later, torch for one, gets this one.
+    """
+    # "from . import" would call a missing module a circular import
+    try:
+        return importlib.import_module("._core", __name__)
+    except ImportError as error:
+        copy = Path(__file__).parents[2] / "_libs" / "libgomp.so.1"
+        if "libgomp.so.1" not in str(error) or not copy.exists():
+            raise
+    import ctypes
+
+    ctypes.CDLL(str(copy), ctypes.RTLD_GLOBAL)
+    return importlib.import_module("._core", __name__)
+
+
 _alone = _forked_with_openmp()
-try:  # "from . import" would call a missing module a circular import
-    _core = importlib.import_module("._core", __name__)
-except ImportError as error:
+try:
+    _core = _import_core()
+except (ImportError, OSError) as error:
     raise ImportError(
         "dcnlib: its compiled part is missing or does not load "
         f"({error}); in a source folder run: python -m pip install -e . "

@@ -21,6 +21,12 @@
  *   2  bands -> grad_input; slabs' shares -> grad_offset, grad_mask
  *   3  (last wave) shares -> grad_weight
  *
+ * Many small images: an image passes phases 0 to 2 in one task, in memory of the task's thread, so that
+ * nothing leaves the cache in between. Phase 0 has weights and grad_bias alone then, and there is one wave.
+ * Images that follow one another in a slot add to one share of grad_weight, as the waves' images do.
+ *
+ * grad_offset and grad_mask are summed where they belong if one slab alone has a share.
+ *
  * Bands exist where slabs alone are too few to share between threads. Their number, like every cut that
  * decides the order of a sum, follows from the params alone: not from threads and, for the gradients
  * that belong to an image, not from the batch.
@@ -39,6 +45,7 @@ namespace DCN_ISA {
 
 constexpr int64_t BACKWARD_WAVE_BYTES = 8 << 20; /* memory of a wave's images, but at least one */
 constexpr int64_t WAVE_IMAGES = 16;
+constexpr int64_t SMALL_IMAGE = 1 << 20; /* bytes of an image's arrays that a cache holds */
 constexpr int64_t BACKWARD_TILE_BYTES = 256 << 10; /* columns of a tile, and its pixels */
 constexpr int64_t BACKWARD_TILE_PIXELS = 112;
 /* With many outputs the shares of grad_weight are large: larger tiles touch them less often. */
@@ -54,8 +61,10 @@ template <class A>
 struct Backward {
   const dcn_params &p;
   bool need_input, need_samples_gradient, need_weight, need_bias;
-  bool direct_output; /* grad_output is [output][pixel] in A already */
-  bool need_lines;    /* it is not, and grad_weight wants it so */
+  bool direct_output;  /* grad_output is [output][pixel] in A already */
+  bool need_lines;     /* it is not, and grad_weight wants it so */
+  bool direct_samples; /* grad_offset and grad_mask are summed in place */
+  bool together;       /* a task takes an image through phases 0 to 2 */
   Slabs<A> slabs;
   Frame frame;
   bool small;          /* positions and indices fit into A's integers */
@@ -71,17 +80,23 @@ struct Backward {
   int64_t pack_tasks, output_tasks, bias_tasks;
   int64_t pieces; /* of BIAS_OUTPUTS outputs, of a group */
 
-  Backward(const dcn_params &params, int wanted) : p(params), slabs(params), frame(params) {
+  Backward(const dcn_params &params, int wanted, int num_threads)
+      : p(params), slabs(params), frame(params) {
     need_input = wanted & DCN_GRAD_INPUT;
     need_samples_gradient = wanted & (DCN_GRAD_OFFSET | DCN_GRAD_MASK);
     need_weight = wanted & DCN_GRAD_WEIGHT;
     need_bias = wanted & DCN_GRAD_BIAS;
     direct_output = p.layout == DCN_NCHW && p.dtype == (sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
     need_lines = need_weight && !is_depthwise(p) && !direct_output;
+    /* Whether an offset group lies in one slab. */
+    const bool one_slab =
+        slabs.count == 1 || (slabs.unit <= SLAB && slabs.width % offset_group_in(p) == 0);
+    direct_samples = one_slab && is_direct<A>(p);
     small = is_small<A>(p, frame, slabs.pitch);
     plane = frame.pixels * slabs.pitch + LINE / (int64_t)sizeof(A);
     const int64_t pixels = plane_out(p), taps = taps_of(p), size = (int64_t)sizeof(A);
-    output_row = row_pitch<A>(is_depthwise(p) ? p.in_channels : p.out_channels);
+    output_row = is_depthwise(p) ? row_pitch<A>(p.in_channels)
+                                 : row_pitch<A>(p.out_channels - Vector<A>::lanes);
     output_line = round_up(pixels, LINE / size);
     columns_row = is_depthwise(p) ? 0 : columns_pitch(p, slabs);
     chunk = chunk_taps(p, slabs);
@@ -101,17 +116,25 @@ struct Backward {
     int64_t values = slabs.count * plane + output_copies() * pixels * output_row;
     if (need_lines) values += p.out_channels * output_line;
     if (need_input) values += slabs.count * bands * plane;
-    if (need_samples_gradient) values += pairs * 3 * taps * pixels;
+    if (need_samples_gradient && !direct_samples) values += pairs * 3 * taps * pixels;
+    const bool is_small_image = values * size <= SMALL_IMAGE;
     if (need_weight) values += slabs.count * bands * group_out(p) * share_row;
     wave = max((int64_t)1, min(min(p.batch, WAVE_IMAGES), BACKWARD_WAVE_BYTES / (values * size)));
+    together = is_small_image && (wave >= 2 * num_threads || owners() == 1);
     pack_tasks = ceil_div(plane_in(p), PACK_PIXELS) * slabs.count;
     output_tasks = ceil_div(pixels, PACK_PIXELS);
     pieces = ceil_div(group_out(p), BIAS_OUTPUTS);
     bias_tasks = need_bias ? ceil_div(p.out_channels, BIAS_OUTPUTS) : 0;
   }
 
+  int64_t prepare_tasks() const { return pack_tasks + output_tasks; } /* of an image, as below */
+  int64_t finish_tasks() const {
+    return (need_input ? pack_tasks : 0) + (need_sums() ? p.offset_groups * taps_of(p) : 0);
+  }
+  bool need_sums() const { return need_samples_gradient && !direct_samples; }
   bool need_columns_gradient() const { return need_input || need_samples_gradient; }
-  int64_t waves() const { return max((int64_t)1, ceil_div(p.batch, wave)); }
+  int64_t waves() const { return together ? 1 : max((int64_t)1, ceil_div(p.batch, wave)); }
+  int64_t places() const { return together ? 1 : wave; } /* images whose arrays there are */
   int64_t owners() const { return slabs.count * bands; }
   int64_t weight_tasks() const {
     return !need_columns_gradient() ? 0 : is_depthwise(p) ? 1 : slabs.count * pieces;
@@ -153,17 +176,19 @@ struct BackwardShared {
   A *weight, *slabs, *output, *lines, *input, *sums, *share;
   Range *touched; /* of each share of grad_input */
   double *bias;
-  BackwardShared(const Backward<A> &b, Arena &arena) {
+  /* What belongs to images comes from `images`: the thread's scratch if they pass in one task. */
+  BackwardShared(const Backward<A> &b, Arena &arena, Arena &scratch) {
     const dcn_params &p = b.p;
-    const int64_t pixels = plane_out(p);
+    const int64_t pixels = plane_out(p), places = b.places();
+    Arena &images = b.together ? scratch : arena;
     weight = arena.take<A>(b.weight_values());
-    slabs = arena.take<A>(b.wave * b.slabs.count * b.plane);
-    output = arena.take<A>(b.wave * b.output_copies() * pixels * b.output_row);
-    lines = arena.take<A>(!b.need_lines ? 0 : b.wave * p.out_channels * b.output_line);
-    input = arena.take<A>(b.need_input ? b.wave * b.owners() * b.plane : 0);
-    sums = arena.take<A>(b.need_samples_gradient ? b.wave * b.pairs * 3 * taps_of(p) * pixels : 0);
+    slabs = images.take<A>(places * b.slabs.count * b.plane);
+    output = images.take<A>(places * b.output_copies() * pixels * b.output_row);
+    lines = images.take<A>(!b.need_lines ? 0 : places * p.out_channels * b.output_line);
+    input = images.take<A>(b.need_input ? places * b.owners() * b.plane : 0);
+    sums = images.take<A>(b.need_sums() ? places * b.pairs * 3 * taps_of(p) * pixels : 0);
+    touched = images.take<Range>(b.need_input ? places * b.owners() : 0);
     share = arena.take<A>(b.need_weight ? b.wave * b.owners() * group_out(p) * b.share_row : 0);
-    touched = arena.take<Range>(b.need_input ? b.wave * b.owners() : 0);
     bias = arena.take<double>(b.need_bias ? 2 * p.out_channels : 0);
   }
 };
@@ -222,19 +247,44 @@ struct Lines {
   const A *at;
   int64_t pitch;
   Lines(const Backward<A> &b, const dcn_tensors &tensors, const BackwardShared<A> &shared,
-        int64_t image, int64_t slot) {
+        int64_t image, int64_t place) {
     pitch = b.direct_output ? plane_out(b.p) : b.output_line;
     at = b.direct_output ? (const A *)tensors.grad_output + image * b.p.out_channels * pitch
-                         : shared.lines + slot * b.p.out_channels * pitch;
+                         : shared.lines + place * b.p.out_channels * pitch;
   }
 };
 
-/* The weighted sums over q: products [tap][tile][4] -> += shares of grad_mask and grad_offset, whole
- * vectors of pixels. */
+/* Where grad_mask and grad_offset of an offset group are summed; null if nobody wants them. */
 template <class A>
-static void add_sample_gradients(const Corners<A> &corners, const A *products, int64_t taps,
-                                 int64_t tile, int64_t pixels, A *mask, A *offset_y, A *offset_x,
-                                 int64_t pitch, bool first) {
+struct SampleSums {
+  A *mask, *offset_y, *offset_x;
+  int64_t mask_tap, offset_tap; /* values from one tap to the next */
+
+  SampleSums(const Backward<A> &b, const dcn_tensors &tensors, const A *sums, int64_t image,
+             int64_t place, int64_t slab, int64_t offset_group) {
+    const int64_t plane = plane_out(b.p), all = taps_of(b.p) * plane;
+    if (b.direct_samples) {
+      const int64_t group = image * b.p.offset_groups + offset_group;
+      mask = tensors.grad_mask ? (A *)tensors.grad_mask + group * all : nullptr;
+      offset_y = tensors.grad_offset ? (A *)tensors.grad_offset + group * 2 * all : nullptr;
+      offset_x = offset_y + plane;
+      mask_tap = plane;
+      offset_tap = 2 * plane;
+    } else {
+      mask = (A *)sums + (place * b.pairs + slab + offset_group) * 3 * all;
+      offset_y = mask + all;
+      offset_x = offset_y + all;
+      mask_tap = offset_tap = plane;
+    }
+  }
+};
+
+/* The weighted sums over q: products [tap][tile][4] -> += grad_mask and grad_offset of taps tap .. from
+ * pixel `first` on, whole vectors of pixels. */
+template <class A>
+static void add_sample_gradients(const Corners<A> &corners, const A *products, int64_t tap,
+                                 int64_t taps, int64_t tile, int64_t first_pixel, int64_t pixels,
+                                 const SampleSums<A> &sums, bool first) {
   typedef typename Vector<A>::V V;
   typedef typename Corners<A>::I I;
   constexpr int64_t L = Vector<A>::lanes;
@@ -246,7 +296,9 @@ static void add_sample_gradients(const Corners<A> &corners, const A *products, i
   };
   for (int64_t t = 0; t < taps; t++)
     for (int64_t i = 0; i < pixels; i += L) {
-      const int64_t at = t * tile + i, to = t * pitch + i;
+      const int64_t at = t * tile + i;
+      const int64_t mask_at = (tap + t) * sums.mask_tap + first_pixel + i;
+      const int64_t offset_at = (tap + t) * sums.offset_tap + first_pixel + i;
       V d[4];
       load_parts<A>(products + 4 * at, d);
       const V ly = load(corners.fraction[0] + at), lx = load(corners.fraction[1] + at);
@@ -259,9 +311,10 @@ static void add_sample_gradients(const Corners<A> &corners, const A *products, i
       const auto moves = inside | lanes_equal<A, I>(corners.state + at, EDGE);
       /* Weights are NaN in that state alone. */
       const V other = keep<A>(lanes_equal<A, I>(corners.state + at, NOT_A_NUMBER), nan);
-      add(mask + to, pick<A>(inside, value, other), pixels - i);
-      add(offset_y + to, pick<A>(moves, dy, other), pixels - i);
-      add(offset_x + to, pick<A>(moves, dx, other), pixels - i);
+      if (sums.mask) add(sums.mask + mask_at, pick<A>(inside, value, other), pixels - i);
+      if (!sums.offset_y) continue;
+      add(sums.offset_y + offset_at, pick<A>(moves, dy, other), pixels - i);
+      add(sums.offset_x + offset_at, pick<A>(moves, dx, other), pixels - i);
     }
 }
 
@@ -289,19 +342,20 @@ static void touch(const Corners<A> &corners, int64_t taps, int64_t tile, int64_t
 template <class A>
 static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
                           const BackwardShared<A> &shared, int64_t image, int64_t slot,
-                          int64_t slab, int64_t band, bool first_wave,
+                          int64_t place, int64_t slab, int64_t band, bool first_wave,
                           const BackwardScratch<A> &s) {
   const dcn_params &p = b.p;
   constexpr int64_t L = Vector<A>::lanes;
   const int64_t taps = taps_of(p), outputs = group_out(p), all_pixels = plane_out(p);
   const int64_t slab_begin = b.slabs.begin(slab), slab_end = b.slabs.end(p, slab);
-  const int64_t owner = (slot * b.slabs.count + slab) * b.bands + band;
+  const int64_t owner = (place * b.slabs.count + slab) * b.bands + band;
+  const int64_t sharer = (slot * b.slabs.count + slab) * b.bands + band;
   const bool depthwise = is_depthwise(p);
-  const A *packed = shared.slabs + (slot * b.slabs.count + slab) * b.plane;
+  const A *packed = shared.slabs + (place * b.slabs.count + slab) * b.plane;
   const A *weight = shared.weight + slab * outputs * b.share_row;
   A *input = b.need_input ? shared.input + owner * b.plane : nullptr;
-  A *share = b.need_weight ? shared.share + owner * outputs * b.share_row : nullptr;
-  const Lines<A> lines(b, tensors, shared, image, slot);
+  A *share = b.need_weight ? shared.share + sharer * outputs * b.share_row : nullptr;
+  const Lines<A> lines(b, tensors, shared, image, place);
   const Steps steps(b.frame, b.slabs.pitch);
   const int64_t nowhere = b.frame.nowhere * b.slabs.pitch;
   Range touched = {0, 0};
@@ -319,7 +373,7 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
     for (int64_t c = slab_begin; c < slab_end;) {
       const int64_t offset_group = c / offset_group_in(p);
       const int64_t end = min(slab_end, (offset_group + 1) * offset_group_in(p));
-      A *sums = shared.sums + (slot * b.pairs + slab + offset_group) * 3 * taps * all_pixels;
+      const SampleSums<A> sums(b, tensors, shared.sums, image, place, slab, offset_group);
       int64_t next_column = column;
       for (int64_t tap = 0; tap < taps; tap += b.chunk) {
         const int64_t count = min(b.chunk, taps - tap);
@@ -341,7 +395,7 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
             scatter.channels = block.count;
             if (depthwise) {
               const A *output = shared.output +
-                                ((slot * outputs + j) * all_pixels + first) * b.output_row + begin;
+                                ((place * outputs + j) * all_pixels + first) * b.output_row + begin;
               const int64_t weight_row = p.in_channels + L;
               const int64_t share_tap = b.slabs.pitch + L;
               scatter_depthwise(
@@ -353,7 +407,7 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
               const int64_t chunk_column =
                   next_column + tap / b.chunk * b.chunk_columns(block.count);
               const int64_t vectors = ceil_div(count * block.count, L);
-              const A *output = shared.output + (slot * all_pixels + first) * b.output_row +
+              const A *output = shared.output + (place * all_pixels + first) * b.output_row +
                                 block.group * outputs;
               if (b.need_columns_gradient())
                 gemm(pixels, vectors, outputs, output, b.output_row,
@@ -367,12 +421,9 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
                      b.columns_row, 2 * L, share + chunk_column, b.share_row,
                      !first_wave || tile > first_tile);
             }
-            if (b.need_samples_gradient) {
-              A *at = sums + tap * all_pixels + first;
-              add_sample_gradients(s.corners, s.products, count, b.tile_pitch, pixels, at,
-                                   at + taps * all_pixels, at + 2 * taps * all_pixels, all_pixels,
-                                   begin == c && j == 0);
-            }
+            if (b.need_samples_gradient)
+              add_sample_gradients(s.corners, s.products, tap, count, b.tile_pitch, first, pixels,
+                                   sums, begin == c && j == 0);
           }
           begin += block.count;
           next_column += b.block_columns(block.count);
@@ -522,67 +573,72 @@ static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors, cons
 }
 
 template <class A>
-static void backward_plan(const dcn_params &p, int wanted, dcn_cpu_plan *plan) {
-  const Backward<A> b(p, wanted);
+static void backward_plan(const dcn_params &p, int wanted, int num_threads, dcn_cpu_plan *plan) {
+  const Backward<A> b(p, wanted, num_threads);
   Arena shared = {nullptr, 0}, scratch = {nullptr, 0};
-  BackwardShared<A>(b, shared);
   BackwardScratch<A>(b, scratch);
+  BackwardShared<A>(b, shared, scratch);
   plan->waves = b.waves();
   plan->phases = 4;
-  plan->tasks[0] = b.bias_tasks + b.weight_tasks() + b.wave * (b.pack_tasks + b.output_tasks);
-  plan->tasks[1] = b.wave * b.owners();
-  plan->tasks[2] = b.wave * ((b.need_input ? b.pack_tasks : 0) +
-                             (b.need_samples_gradient ? p.offset_groups * taps_of(p) : 0));
+  plan->tasks[0] = b.bias_tasks + b.weight_tasks();
+  plan->tasks[1] = b.wave;
+  plan->tasks[2] = 0;
   plan->tasks[3] = b.need_weight ? b.slabs.count * b.pieces : 0;
+  if (!b.together) {
+    plan->tasks[0] += b.wave * b.prepare_tasks();
+    plan->tasks[1] *= b.owners();
+    plan->tasks[2] = b.wave * b.finish_tasks();
+  }
   plan->shared_bytes = shared.used;
   plan->scratch_bytes = scratch.used;
-  plan->internal = wanted;
+  plan->internal = (int64_t)num_threads << 8 | wanted;
 }
 
-/* Phase 0. */
+/* A task of phase 0 that belongs to one image. */
 template <class A>
-static void prepare(const Backward<A> &b, const dcn_tensors &tensors,
-                    const BackwardShared<A> &shared, int64_t wave, int64_t first_image,
-                    int64_t images, int64_t task, const BackwardScratch<A> &s) {
+static void prepare_image(const Backward<A> &b, const dcn_tensors &tensors,
+                          const BackwardShared<A> &shared, int64_t image, int64_t place,
+                          int64_t task) {
   const dcn_params &p = b.p;
-  if (task < b.bias_tasks)
-    return sum_bias(b, tensors, shared.bias, task, first_image, images, wave == 0,
-                    wave == b.waves() - 1, s.row);
-  task -= b.bias_tasks;
-  if (task < b.weight_tasks()) {
-    if (wave > 0) return;
-    if (is_depthwise(p)) return pack_depthwise_weight(p, tensors.weight, shared.weight);
-    const int64_t slab = task / b.pieces;
-    return pack_slab_weights(b, tensors.weight, slab, task % b.pieces,
-                             shared.weight + slab * group_out(p) * b.share_row, s);
-  }
-  task -= b.weight_tasks();
-  const int64_t slot = task / (b.pack_tasks + b.output_tasks);
-  task %= b.pack_tasks + b.output_tasks;
-  if (slot >= images) return;
   if (task < b.pack_tasks) {
     const int64_t slab = task % b.slabs.count;
-    return pack_slab(p, b.slabs, b.frame, tensors.input, first_image + slot, slab,
-                     task / b.slabs.count, shared.slabs + (slot * b.slabs.count + slab) * b.plane);
+    return pack_slab(p, b.slabs, b.frame, tensors.input, image, slab, task / b.slabs.count,
+                     shared.slabs + (place * b.slabs.count + slab) * b.plane);
   }
   const int64_t first = (task - b.pack_tasks) * PACK_PIXELS;
   const int64_t pixels = min(PACK_PIXELS, plane_out(p) - first);
   const int64_t copies = b.output_copies();
   for (int64_t j = 0; j < copies; j++)
-    pack_pixels(tensors.grad_output, p, p.out_channels, plane_out(p), first_image + slot, j, copies,
+    pack_pixels(tensors.grad_output, p, p.out_channels, plane_out(p), image, j, copies,
                 p.out_channels / copies, first, pixels,
-                shared.output + ((slot * copies + j) * plane_out(p) + first) * b.output_row,
+                shared.output + ((place * copies + j) * plane_out(p) + first) * b.output_row,
                 b.output_row);
   if (b.need_lines)
     for (int64_t o = 0; o < p.out_channels; o++) {
       const bool nhwc = p.layout == DCN_NHWC;
-      const int64_t image = first_image + slot;
       read_row(tensors.grad_output, p.dtype,
                nhwc ? (image * plane_out(p) + first) * p.out_channels + o
                     : (image * p.out_channels + o) * plane_out(p) + first,
                nhwc ? p.out_channels : 1, pixels,
-               shared.lines + (slot * p.out_channels + o) * b.output_line + first);
+               shared.lines + (place * p.out_channels + o) * b.output_line + first);
     }
+}
+
+/* A task of phase 2, all of which belong to one image. */
+template <class A>
+static void finish_image(const Backward<A> &b, const dcn_tensors &tensors,
+                         const BackwardShared<A> &shared, int64_t image, int64_t place,
+                         int64_t task, A *row) {
+  const int64_t input_tasks = b.need_input ? b.pack_tasks : 0, taps = taps_of(b.p);
+  if (task < input_tasks) {
+    const int64_t slab = task % b.slabs.count;
+    const int64_t owner = place * b.owners() + slab * b.bands;
+    return finish_input(b, tensors, shared.input + owner * b.plane, shared.touched + owner, image,
+                        slab, task / b.slabs.count);
+  }
+  task -= input_tasks;
+  finish_samples(b, tensors, shared.sums + place * b.pairs * 3 * taps * plane_out(b.p), image,
+                 task / taps, task % taps, row);
 }
 
 template <class A>
@@ -590,38 +646,55 @@ static void backward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, 
                          void *memory) {
   const dcn_params &p = *call.params;
   const dcn_tensors &tensors = *call.tensors;
-  const Backward<A> b(p, (int)call.plan->internal);
+  const Backward<A> b(p, (int)(call.plan->internal & 0xff), (int)(call.plan->internal >> 8));
   Arena shared_arena = {(char *)call.shared, 0}, arena = {(char *)memory, 0};
-  const BackwardShared<A> shared(b, shared_arena);
   const BackwardScratch<A> s(b, arena);
-  const int64_t first_image = wave * b.wave;
-  const int64_t images = max((int64_t)0, min(b.wave, p.batch - first_image));
+  const BackwardShared<A> shared(b, shared_arena, arena);
+  const int64_t first_image = b.together ? 0 : wave * b.wave;
+  const int64_t images = b.together ? p.batch : max((int64_t)0, min(b.wave, p.batch - first_image));
   switch (phase) {
-    case 0:
-      return prepare(b, tensors, shared, wave, first_image, images, task, s);
-    case 1: {
-      const int64_t slot = task / b.owners(), slab = task % b.owners() / b.bands;
+    case 0: {
+      if (task < b.bias_tasks)
+        return sum_bias(b, tensors, shared.bias, task, first_image, images, wave == 0,
+                        wave == b.waves() - 1, s.row);
+      task -= b.bias_tasks;
+      if (task < b.weight_tasks()) {
+        if (wave > 0) return;
+        if (is_depthwise(p)) return pack_depthwise_weight(p, tensors.weight, shared.weight);
+        const int64_t slab = task / b.pieces;
+        return pack_slab_weights(b, tensors.weight, slab, task % b.pieces,
+                                 shared.weight + slab * group_out(p) * b.share_row, s);
+      }
+      task -= b.weight_tasks();
+      const int64_t slot = task / b.prepare_tasks();
       if (slot < images)
-        backward_band(b, tensors, shared, first_image + slot, slot, slab, task % b.bands, wave == 0,
-                      s);
+        prepare_image(b, tensors, shared, first_image + slot, slot, task % b.prepare_tasks());
+      return;
+    }
+    case 1: {
+      if (!b.together) {
+        const int64_t slot = task / b.owners(), slab = task % b.owners() / b.bands;
+        if (slot < images)
+          backward_band(b, tensors, shared, first_image + slot, slot, slot, slab, task % b.bands,
+                        wave == 0, s);
+        return;
+      }
+      for (int64_t image = task; image < images; image += b.wave) {
+        for (int64_t i = 0; i < b.prepare_tasks(); i++)
+          prepare_image(b, tensors, shared, image, 0, i);
+        for (int64_t i = 0; i < b.owners(); i++)
+          backward_band(b, tensors, shared, image, task, 0, i / b.bands, i % b.bands, image == task,
+                        s);
+        for (int64_t i = 0; i < b.finish_tasks(); i++)
+          finish_image(b, tensors, shared, image, 0, i, s.row);
+      }
       return;
     }
     case 2: {
-      const int64_t input_tasks = b.need_input ? b.pack_tasks : 0;
-      const int64_t sample_tasks = b.need_samples_gradient ? p.offset_groups * taps_of(p) : 0;
-      const int64_t slot = task / (input_tasks + sample_tasks);
-      task %= input_tasks + sample_tasks;
-      if (slot >= images) return;
-      if (task < input_tasks) {
-        const int64_t slab = task % b.slabs.count;
-        const int64_t owner = slot * b.owners() + slab * b.bands;
-        return finish_input(b, tensors, shared.input + owner * b.plane, shared.touched + owner,
-                            first_image + slot, slab, task / b.slabs.count);
-      }
-      task -= input_tasks;
-      return finish_samples(b, tensors,
-                            shared.sums + slot * b.pairs * 3 * taps_of(p) * plane_out(p),
-                            first_image + slot, task / taps_of(p), task % taps_of(p), s.row);
+      const int64_t slot = task / b.finish_tasks();
+      if (slot < images)
+        finish_image(b, tensors, shared, first_image + slot, slot, task % b.finish_tasks(), s.row);
+      return;
     }
     default: {
       if (wave == b.waves() - 1)

@@ -29,8 +29,9 @@
 
 namespace DCN_ISA {
 
-constexpr int64_t WAVE_BYTES = 4 << 20; /* packed images of a wave, but at least one image */
-constexpr int64_t PACK_PIXELS = 1024;   /* pixels of one packing task */
+/* Packed images of a wave, for each thread and at most, but at least one image. */
+constexpr int64_t WAVE_SHARE = 512 << 10, WAVE_BYTES = 4 << 20;
+constexpr int64_t PACK_PIXELS = 1024; /* pixels of one packing task */
 /* The result of a tile, and its bytes a column. */
 constexpr int64_t TILE_BYTES = 512 << 10;
 constexpr int64_t TILE_COLUMN = 224 * 4;
@@ -83,7 +84,8 @@ struct Forward {
     tiles = ceil_div(pixels, tile);
     tile_pitch = round_up(tile, L);
     const int64_t image_bytes = slabs.count * plane * (int64_t)sizeof(A);
-    wave = max((int64_t)1, min(p.batch, WAVE_BYTES / image_bytes));
+    wave = min(WAVE_SHARE * num_threads, WAVE_BYTES) / image_bytes;
+    wave = max((int64_t)1, min(p.batch, wave));
     pack_tasks = ceil_div(plane_in(p), PACK_PIXELS) * slabs.count;
   }
 

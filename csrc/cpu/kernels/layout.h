@@ -22,6 +22,15 @@ DCN_INLINE bool is_direct(const dcn_params &p) {
   return p.dtype == (sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
 }
 
+/* block[j] = values j of lanes rows `step` apart. */
+template <class A>
+DCN_INLINE void turn_block(const A *from, int64_t step, typename Vector<A>::V *block) {
+  constexpr int64_t L = Vector<A>::lanes;
+#pragma GCC unroll 16
+  for (int64_t j = 0; j < L; j++) block[j] = load(from + j * step);
+  transpose<A>(block);
+}
+
 /* block[j] = pixels index + j .. of `lines` channels `plane` apart, as [pixel][channel]; lanes of
  * absent channels are 0, of absent pixels anything. */
 template <class A>
@@ -103,12 +112,22 @@ static void pack_frame(const void *memory, const dcn_params &p, const Frame &fra
     return;
   }
   const int64_t origin = (image * channels + begin) * plane + first;
+  const bool direct = is_direct<A>(p);
   for (int64_t c = 0; c < pitch; c += L) {
     FrameWalk walk(frame, first);
     for (int64_t i = 0; i < pixels; i += L) {
       if (i + L > pixels && pixels >= L) walk = FrameWalk(frame, first + (i = pixels - L));
       const int64_t columns = min(L, pixels - i);
       V block[L];
+      if (direct && c + L <= count && columns == L && walk.x + L < frame.width) {
+        turn_block((const A *)memory + origin + c * plane + i, plane, block);
+        A *row = to + walk.at * pitch + c;
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < L; j++) store(row + j * pitch, block[j]);
+        walk.at += L;
+        walk.x += L;
+        continue;
+      }
       load_block<A>(memory, p, origin + c * plane + i, plane, min(L, count - c), columns, block);
       for (int64_t j = 0; j < columns; j++) {
         store(to + walk.at * pitch + c, block[j]);
@@ -135,11 +154,18 @@ static void pack_pixels(const void *memory, const dcn_params &p, int64_t channel
     return;
   }
   const int64_t origin = (image * channels + begin) * plane + first;
+  const bool direct = is_direct<A>(p);
   for (int64_t c = 0; c < pitch; c += L)
     for (int64_t i = 0; i < pixels; i += L) {
       if (i + L > pixels && pixels >= L) i = pixels - L; /* some once more: no partial vector */
       const int64_t columns = min(L, pixels - i);
       V block[L];
+      if (direct && c + L <= count && columns == L) {
+        turn_block((const A *)memory + origin + c * step * plane + i, step * plane, block);
+#pragma GCC unroll 16
+        for (int64_t j = 0; j < L; j++) store(to + (i + j) * pitch + c, block[j]);
+        continue;
+      }
       load_block<A>(memory, p, origin + c * step * plane + i, step * plane, min(L, count - c),
                     columns, block);
       for (int64_t j = 0; j < columns; j++) store(to + (i + j) * pitch + c, block[j]);

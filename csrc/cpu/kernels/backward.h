@@ -25,6 +25,9 @@
  * nothing leaves the cache in between. Phase 0 has weights and grad_bias alone then, and there is one wave.
  * Images that follow one another in a slot add to one share of grad_weight, as the waves' images do.
  *
+ * One image: a task packs its slab's weights before its work and finishes their gradients behind it
+ * (`alone`), so that neither is written to memory in another form and read again.
+ *
  * grad_offset and grad_mask are summed where they belong if one slab alone has a share.
  *
  * Bands exist where slabs alone are too few to share between threads. Their number, like every cut that
@@ -65,6 +68,7 @@ struct Backward {
   bool need_lines;     /* it is not, and grad_weight wants it so */
   bool direct_samples; /* grad_offset and grad_mask are summed in place */
   bool together;       /* a task takes an image through phases 0 to 2 */
+  bool alone;          /* a task takes a slab's weights through phases 0 to 3 */
   Slabs<A> slabs;
   Frame frame;
   bool small;          /* positions and indices fit into A's integers */
@@ -121,6 +125,8 @@ struct Backward {
     if (need_weight) values += slabs.count * bands * group_out(p) * share_row;
     wave = max((int64_t)1, min(min(p.batch, WAVE_IMAGES), BACKWARD_WAVE_BYTES / (values * size)));
     together = is_small_image && (wave >= 2 * num_threads || owners() == 1);
+    alone =
+        !together && !is_depthwise(p) && p.batch == 1 && bands == 1 && num_threads <= slabs.count;
     pack_tasks = ceil_div(plane_in(p), PACK_PIXELS) * slabs.count;
     output_tasks = ceil_div(pixels, PACK_PIXELS);
     pieces = ceil_div(group_out(p), BIAS_OUTPUTS);
@@ -137,13 +143,14 @@ struct Backward {
   int64_t places() const { return together ? 1 : wave; } /* images whose arrays there are */
   int64_t owners() const { return slabs.count * bands; }
   int64_t weight_tasks() const {
-    return !need_columns_gradient() ? 0 : is_depthwise(p) ? 1 : slabs.count * pieces;
+    return !need_columns_gradient() ? 0 : is_depthwise(p) ? 1 : weight_slabs() * pieces;
   }
+  int64_t weight_slabs() const { return alone ? 1 : slabs.count; } /* whose weights there are */
   /* Depthwise reads grad_output as [output of a channel][pixel][channel]. */
   int64_t output_copies() const { return is_depthwise(p) ? group_out(p) : 1; }
   int64_t weight_values() const {
     return is_depthwise(p) ? group_out(p) * taps_of(p) * (p.in_channels + Vector<A>::lanes)
-                           : slabs.count * group_out(p) * share_row;
+                           : weight_slabs() * group_out(p) * share_row;
   }
 
   /* Columns of one chunk of a block in packed weights and shares: whole panels of two vectors. */
@@ -176,19 +183,20 @@ struct BackwardShared {
   A *weight, *slabs, *output, *lines, *input, *sums, *share;
   Range *touched; /* of each share of grad_input */
   double *bias;
-  /* What belongs to images comes from `images`: the thread's scratch if they pass in one task. */
+  /* What no other task sees comes from the thread's scratch. */
   BackwardShared(const Backward<A> &b, Arena &arena, Arena &scratch) {
     const dcn_params &p = b.p;
     const int64_t pixels = plane_out(p), places = b.places();
-    Arena &images = b.together ? scratch : arena;
-    weight = arena.take<A>(b.weight_values());
+    Arena &images = b.together ? scratch : arena, &weights = b.alone ? scratch : arena;
+    weight = weights.take<A>(b.weight_values());
     slabs = images.take<A>(places * b.slabs.count * b.plane);
     output = images.take<A>(places * b.output_copies() * pixels * b.output_row);
     lines = images.take<A>(!b.need_lines ? 0 : places * p.out_channels * b.output_line);
     input = images.take<A>(b.need_input ? places * b.owners() * b.plane : 0);
     sums = images.take<A>(b.need_sums() ? places * b.pairs * 3 * taps_of(p) * pixels : 0);
     touched = images.take<Range>(b.need_input ? places * b.owners() : 0);
-    share = arena.take<A>(b.need_weight ? b.wave * b.owners() * group_out(p) * b.share_row : 0);
+    share = weights.take<A>(
+        b.need_weight ? b.wave * b.weight_slabs() * b.bands * group_out(p) * b.share_row : 0);
     bias = arena.take<double>(b.need_bias ? 2 * p.out_channels : 0);
   }
 };
@@ -223,17 +231,25 @@ static void pack_slab_weights(const Backward<A> &b, const void *weight, int64_t 
     const Block block = block_at(p, c, end);
     const int64_t values = block.count * taps, chunk_columns = b.chunk_columns(block.count);
     for (int64_t o = first; o < last; o++) {
-      read_row(weight, p.dtype, ((block.group * outputs + o) * channels + c % channels) * taps, 1,
-               values, s.row);
-      transpose_rows(s.row, block.count, taps, s.turned);
+      const int64_t at = ((block.group * outputs + o) * channels + c % channels) * taps;
+      const A *row = (const A *)weight + at;
+      if (is_direct<A>(p) && at + values + L <= p.out_channels * channels * taps) {
+        if (o + 1 < last) /* the next output's weights lie far from these */
+          for (int64_t i = 0; i < values; i += LINE / (int64_t)sizeof(A))
+            prefetch(row + channels * taps + i);
+      } else {
+        read_row(weight, p.dtype, at, 1, values, s.row);
+        row = s.row;
+      }
+      transpose_rows(row, block.count, taps, s.turned);
       for (int64_t tap = 0; tap < taps; tap += b.chunk) {
         const int64_t columns = min(b.chunk, taps - tap) * block.count;
         const A *from = s.turned + tap * block.count;
-        A *at = to + tap / b.chunk * chunk_columns * outputs + o * 2 * L;
-        for (int64_t i = 0; i < chunk_columns; i += 2 * L, at += outputs * 2 * L)
+        A *panel = to + tap / b.chunk * chunk_columns * outputs + o * 2 * L;
+        for (int64_t i = 0; i < chunk_columns; i += 2 * L, panel += outputs * 2 * L)
           for (int64_t j = 0; j < 2 * L; j += L)
-            store(at + j, keep<A>(first_lanes<A>((int)max((int64_t)0, min(L, columns - i - j))),
-                                  load(from + min(i + j, columns))));
+            store(panel + j, keep<A>(first_lanes<A>((int)max((int64_t)0, min(L, columns - i - j))),
+                                     load(from + min(i + j, columns))));
       }
     }
     to += b.block_columns(block.count) * outputs;
@@ -349,10 +365,11 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
   const int64_t taps = taps_of(p), outputs = group_out(p), all_pixels = plane_out(p);
   const int64_t slab_begin = b.slabs.begin(slab), slab_end = b.slabs.end(p, slab);
   const int64_t owner = (place * b.slabs.count + slab) * b.bands + band;
-  const int64_t sharer = (slot * b.slabs.count + slab) * b.bands + band;
+  const int64_t weight_slab = b.alone ? 0 : slab;
+  const int64_t sharer = (slot * b.weight_slabs() + weight_slab) * b.bands + band;
   const bool depthwise = is_depthwise(p);
   const A *packed = shared.slabs + (place * b.slabs.count + slab) * b.plane;
-  const A *weight = shared.weight + slab * outputs * b.share_row;
+  const A *weight = shared.weight + weight_slab * outputs * b.share_row;
   A *input = b.need_input ? shared.input + owner * b.plane : nullptr;
   A *share = b.need_weight ? shared.share + sharer * outputs * b.share_row : nullptr;
   const Lines<A> lines(b, tensors, shared, image, place);
@@ -539,14 +556,16 @@ static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors, cons
   const bool depthwise = is_depthwise(p);
   /* A run: columns that lie together in a share; runs of a row are `run_step` apart. */
   const int64_t run_taps = depthwise ? 1 : b.chunk;
-  share += slab * b.bands * outputs * b.share_row;
+  if (!b.alone) share += slab * b.bands * outputs * b.share_row;
   int64_t column = 0;
   for (int64_t c = slab_begin; c < slab_end;) {
     const Block block = block_at(p, c, slab_end);
     const int64_t run_step =
         depthwise ? b.slabs.pitch + Vector<A>::lanes : b.chunk_columns(block.count);
     for (int64_t o = first; o < last; o++) {
-      for (int64_t k = 0; k < taps; k += run_taps) {
+      const A *row = s.row;
+      if (slots * b.bands == 1 && run_taps == taps) row = share + o * b.share_row + column;
+      for (int64_t k = 0; k < taps && row == s.row; k += run_taps) {
         const A *from = share + o * b.share_row + column + k / run_taps * run_step;
         const int64_t count = min(run_taps, taps - k) * block.count;
         A *sum = s.row + k * block.count;
@@ -557,7 +576,7 @@ static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors, cons
             for (int64_t i = 0; i < count; i++) sum[i] += other[i];
           }
       }
-      transpose_rows(s.row, taps, block.count, s.turned);
+      transpose_rows(row, taps, block.count, s.turned);
       if (depthwise)
         for (int64_t i = 0; i < block.count; i++)
           write_row(tensors.grad_weight, p.dtype, ((c + i) * outputs + o) * taps, 1, taps,
@@ -580,10 +599,10 @@ static void backward_plan(const dcn_params &p, int wanted, int num_threads, dcn_
   BackwardShared<A>(b, shared, scratch);
   plan->waves = b.waves();
   plan->phases = 4;
-  plan->tasks[0] = b.bias_tasks + b.weight_tasks();
+  plan->tasks[0] = b.bias_tasks + (b.alone ? 0 : b.weight_tasks());
   plan->tasks[1] = b.wave;
   plan->tasks[2] = 0;
-  plan->tasks[3] = b.need_weight ? b.slabs.count * b.pieces : 0;
+  plan->tasks[3] = b.need_weight && !b.alone ? b.slabs.count * b.pieces : 0;
   if (!b.together) {
     plan->tasks[0] += b.wave * b.prepare_tasks();
     plan->tasks[1] *= b.owners();
@@ -658,20 +677,28 @@ static void backward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, 
         return sum_bias(b, tensors, shared.bias, task, first_image, images, wave == 0,
                         wave == b.waves() - 1, s.row);
       task -= b.bias_tasks;
-      if (task < b.weight_tasks()) {
+      if (!b.alone && task < b.weight_tasks()) {
         if (wave > 0) return;
         if (is_depthwise(p)) return pack_depthwise_weight(p, tensors.weight, shared.weight);
         const int64_t slab = task / b.pieces;
         return pack_slab_weights(b, tensors.weight, slab, task % b.pieces,
                                  shared.weight + slab * group_out(p) * b.share_row, s);
       }
-      task -= b.weight_tasks();
+      if (!b.alone) task -= b.weight_tasks();
       const int64_t slot = task / b.prepare_tasks();
       if (slot < images)
         prepare_image(b, tensors, shared, first_image + slot, slot, task % b.prepare_tasks());
       return;
     }
     case 1: {
+      if (b.alone) {
+        for (int64_t i = 0; i < b.weight_tasks(); i++)
+          pack_slab_weights(b, tensors.weight, task, i, shared.weight, s);
+        backward_band(b, tensors, shared, 0, 0, 0, task, 0, true, s);
+        for (int64_t i = 0; b.need_weight && i < b.pieces; i++)
+          finish_weight(b, tensors, shared.share, task, i, s);
+        return;
+      }
       if (!b.together) {
         const int64_t slot = task / b.owners(), slab = task % b.owners() / b.bands;
         if (slot < images)

@@ -13,8 +13,11 @@
  * A tile is sampled and multiplied strip by strip: the columns of a strip are read again while they are
  * in the first-level cache or next to it, and the weights, which every strip reads, stay in the second.
  *
+ * Weights that meet one tile only are not worth a copy in memory: each panel is packed where its tile
+ * multiplies it, into the cache, after the whole tile is sampled (`late`).
+ *
  * Layouts, in the thread's scratch
- *   columns [strip][columns_pitch]     up to 576 columns: tap-major, a block's channels innermost
+ *   columns [strip, late: tile][columns_pitch]     up to 576 columns: tap-major, a block's channels innermost
  *   result  [tile][groups * padded_out]
  *
  * Sums: per output element over (offset group, chunk, block, tap, channel), always in this order.
@@ -36,7 +39,8 @@ constexpr int64_t PACK_PIXELS = 1024; /* pixels of one packing task */
 constexpr int64_t TILE_BYTES = 512 << 10;
 constexpr int64_t TILE_COLUMN = 224 * 4;
 constexpr int64_t STRIP = DCN_VECTOR_BYTES == 64 ? 2 * ROWS : 8 * ROWS; /* pixels */
-constexpr int PIECES = 16; /* blocks that are multiplied together */
+constexpr int64_t LATE_BYTES = 1 << 20; /* weights from which on they may be packed late */
+constexpr int PIECES = 16;              /* blocks that are multiplied together */
 
 template <class A>
 struct Forward {
@@ -52,6 +56,7 @@ struct Forward {
   int64_t result_row;  /* values of a row of the result */
   int64_t tile, tiles; /* pixels of a tile; tiles of an image */
   int64_t tile_pitch;  /* pixels between two taps' rows of corners */
+  bool late;           /* weights are packed by the tiles */
   int64_t wave;        /* images of a wave */
   int64_t chunk;       /* taps of a chunk */
   int64_t pack_tasks;  /* packing tasks of an image */
@@ -83,6 +88,8 @@ struct Forward {
     tile = ceil_div(pixels, tiles);
     tiles = ceil_div(pixels, tile);
     tile_pitch = round_up(tile, L);
+    late = !is_depthwise(p) && chunk == taps_of(p) && tiles * batch <= num_threads &&
+           p.groups * panels * depth * 2 * L * (int64_t)sizeof(A) >= LATE_BYTES;
     const int64_t image_bytes = slabs.count * plane * (int64_t)sizeof(A);
     wave = min(WAVE_SHARE * num_threads, WAVE_BYTES) / image_bytes;
     wave = max((int64_t)1, min(p.batch, wave));
@@ -101,7 +108,7 @@ template <class A>
 struct ForwardShared {
   A *weight, *slabs;
   ForwardShared(const Forward<A> &f, Arena &arena) {
-    weight = arena.take<A>(f.weight_values());
+    weight = arena.take<A>(f.late ? 0 : f.weight_values());
     slabs = arena.take<A>(f.wave * f.slabs.count * f.plane);
   }
 };
@@ -111,9 +118,11 @@ struct ForwardScratch {
   Tile<A> tile;
   Corners<A> corners;
   A *columns, *result;
+  A *panel; /* weights packed late */
   ForwardScratch(const Forward<A> &f, Arena &arena)
       : tile(arena, f.tile_pitch), corners(arena, f.chunk * f.tile_pitch, false) {
-    columns = arena.take<A>(min(f.tile, STRIP) * f.columns_row);
+    columns = arena.take<A>((f.late ? f.tile : min(f.tile, STRIP)) * f.columns_row);
+    panel = arena.take<A>(f.late ? DEPTH * 2 * Vector<A>::lanes : 0);
     result = arena.take<A>(f.tile * f.result_row);
   }
 };
@@ -151,26 +160,28 @@ struct PanelRows {
   }
 };
 
-/* One panel: [depth][2 vectors of outputs]. */
+/* `count` rows of one panel from `first` on: [depth][2 vectors of outputs]. Where blocks begin and end,
+ * rows are the elements of the same numbers in another order. */
 template <class A>
 static void pack_weight_panel(const Forward<A> &f, const void *weight, int64_t group, int64_t panel,
-                              A *to) {
+                              int64_t first, int64_t count, A *to) {
   const dcn_params &p = f.p;
   constexpr int64_t L = Vector<A>::lanes, width = 2 * L;
   typedef typename Vector<A>::V V;
+  const int64_t end = first + count;
   for (int64_t half = 0; half < 2; half++) {
     const int64_t first_out = panel * width + half * L;
     const int64_t lines = max((int64_t)0, min(L, group_out(p) - first_out));
     if (first_out >= f.padded_out) continue; /* nobody reads the second half of such a panel */
     const int64_t origin = (group * group_out(p) + first_out) * f.depth;
-    PanelRows<A> rows(f, group, 0);
-    for (int64_t i = 0; i < f.depth; i += L) {
-      if (i + L > f.depth && f.depth >= L) rows = PanelRows<A>(f, group, i = f.depth - L);
-      const int64_t columns = min(L, f.depth - i);
+    PanelRows<A> rows(f, group, first);
+    for (int64_t i = first; i < end; i += L) {
+      if (i + L > end && count >= L) rows = PanelRows<A>(f, group, i = end - L);
+      const int64_t columns = min(L, end - i);
       V block[L];
       load_block<A>(weight, p, origin + i, f.depth, lines, columns, block);
       for (int64_t j = 0; j < columns; j++) {
-        store(to + rows.row() * width + half * L, block[j]);
+        store(to + (rows.row() - first) * width + half * L, block[j]);
         rows.step();
       }
     }
@@ -208,25 +219,42 @@ struct Pieces {
   int64_t group, row, columns; /* they meet the group's weights from `row` on */
 };
 
-/* result (+)= columns * weights, strip by strip. */
 template <class A>
-static void multiply_pieces(const Forward<A> &f, const Pieces<A> &pieces, const A *weight,
-                            Sampling how, int64_t taps, int64_t pixels,
-                            const ForwardScratch<A> &s) {
-  constexpr int64_t L = Vector<A>::lanes;
+static void sample_pieces(const Forward<A> &f, const Pieces<A> &pieces, Sampling how, int64_t taps,
+                          int64_t first, int64_t pixels, const ForwardScratch<A> &s) {
   const Steps steps(f.frame, f.slabs.pitch);
-  const A *panel = weight + (pieces.group * f.panels * f.depth + pieces.row) * 2 * L;
+  A *columns = s.columns;
+  for (int i = 0; i < pieces.count; columns += taps * pieces.channels[i++])
+    sample_block(pieces.slab[i], steps, pieces.channels[i], s.corners.from(first), how, taps,
+                 f.tile_pitch, pixels, columns, f.columns_row);
+}
+
+/* result (+)= columns * weights, strip by strip; `weight` is null where they are packed late, panel by
+ * panel. */
+template <class A>
+static void multiply_pieces(const Forward<A> &f, const dcn_tensors &tensors,
+                            const Pieces<A> &pieces, const A *weight, Sampling how, int64_t taps,
+                            int64_t pixels, const ForwardScratch<A> &s) {
+  constexpr int64_t L = Vector<A>::lanes, width = 2 * L;
+  const int64_t row = pieces.row, vectors = f.padded_out / L;
   A *result = s.result + pieces.group * f.padded_out;
+  if (!weight) {
+    sample_pieces(f, pieces, how, taps, 0, pixels, s);
+    for (int64_t panel = 0; panel < f.panels; panel++) {
+      pack_weight_panel(f, tensors.weight, pieces.group, panel, row, pieces.columns, s.panel);
+      gemm(pixels, min((int64_t)2, vectors - 2 * panel), pieces.columns, s.columns, f.columns_row,
+           s.panel, width, width, result + panel * width, f.result_row, row > 0);
+    }
+    return;
+  }
+  weight += (pieces.group * f.panels * f.depth + row) * width;
   const int64_t strips = ceil_div(pixels, STRIP);
   for (int64_t strip = 0; strip < strips; strip++) {
     const int64_t first = pixels * strip / strips;
     const int64_t rows = pixels * (strip + 1) / strips - first;
-    A *columns = s.columns;
-    for (int i = 0; i < pieces.count; columns += taps * pieces.channels[i++])
-      sample_block(pieces.slab[i], steps, pieces.channels[i], s.corners.from(first), how, taps,
-                   f.tile_pitch, rows, columns, f.columns_row);
-    gemm(rows, f.padded_out / L, pieces.columns, s.columns, f.columns_row, panel, 2 * L,
-         f.depth * 2 * L, result + first * f.result_row, f.result_row, pieces.row > 0);
+    sample_pieces(f, pieces, how, taps, first, rows, s);
+    gemm(rows, vectors, pieces.columns, s.columns, f.columns_row, weight, width, f.depth * width,
+         result + first * f.result_row, f.result_row, row > 0);
   }
 }
 
@@ -246,7 +274,7 @@ static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const 
                                   first, pixels, f.tile_pitch, s.tile, f.slabs.pitch, s.corners);
       Pieces<A> pieces = {};
       const auto multiply = [&] {
-        multiply_pieces(f, pieces, weight, sampling(tensors, special), count, pixels, s);
+        multiply_pieces(f, tensors, pieces, weight, sampling(tensors, special), count, pixels, s);
         pieces = {};
       };
       for (int64_t slab = 0; slab < f.slabs.count; slab++) {
@@ -398,15 +426,16 @@ static void forward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, i
   const Forward<A> f(p, (int)call.plan->internal);
   Arena shared_arena = {(char *)call.shared, 0}, arena = {(char *)memory, 0};
   const ForwardShared<A> shared(f, shared_arena);
-  const A *weight = call.packed ? (const A *)call.packed : shared.weight;
+  const A *weight = call.packed ? (const A *)call.packed : f.late ? nullptr : shared.weight;
   const int64_t first_image = wave * f.wave, images = min(f.wave, p.batch - first_image);
   if (phase == 0) {
     if (task < f.weight_tasks()) {
-      if (wave > 0 || call.packed) return;
+      /* Who packs weights for later calls wants no output. */
+      if (wave > 0 || call.packed || (f.late && call.tensors->output)) return;
       if (is_depthwise(p))
         pack_depthwise_weight(p, call.tensors->weight, shared.weight);
       else
-        pack_weight_panel(f, call.tensors->weight, task / f.panels, task % f.panels,
+        pack_weight_panel(f, call.tensors->weight, task / f.panels, task % f.panels, 0, f.depth,
                           shared.weight + task * f.depth * 2 * Vector<A>::lanes);
       return;
     }

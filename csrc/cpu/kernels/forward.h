@@ -318,8 +318,8 @@ static void depthwise_vectors(const A *slab, const Steps &steps, const Corners<A
     for (int v = 0; v < VECTORS; v++) acc[v] = accumulate ? load(to + v * L) : V{};
     for (int64_t t = 0; t < taps; t++) { /* the hot loop */
       const int64_t at = t * tile + i;
-      const A *v00 = slab + corners.at[at], *v01 = v00 + steps.right;
-      const A *v10 = v00 + steps.down, *v11 = v00 + steps.both;
+      const A *v00 = slab + corners.at[at], *v01 = opaque(v00 + steps.right);
+      const A *v10 = opaque(v00 + steps.down), *v11 = opaque(v00 + steps.both);
       const V w00 = splat(corners.weight[0][at]), w01 = splat(corners.weight[1][at]);
       const V w10 = splat(corners.weight[2][at]), w11 = splat(corners.weight[3][at]);
 #pragma GCC unroll 4

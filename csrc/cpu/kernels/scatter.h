@@ -40,8 +40,8 @@ struct Visit {
     const int64_t corner = corners.at[at], step[4] = {0, steps.right, steps.down, steps.both};
 #pragma GCC unroll 4
     for (int q = 0; q < 4; q++) {
-      value[q] = s.slab + corner + step[q];
-      input[q] = s.input + corner + step[q];
+      value[q] = opaque(s.slab + corner + step[q]);
+      input[q] = opaque(s.input + corner + step[q]);
       weight[q] = splat(corners.weight[q][at]);
       products[q] = V{};
     }

@@ -256,6 +256,14 @@ DCN_INLINE typename Vector<A>::V splat(A x) {
   return x - zero; /* x whatever it is, which x + 0 is not: no addition is left */
 }
 
+/* The same address, of which the compiler knows nothing: it keeps one register for it and constant
+ * distances, not one for each combination of steps. */
+template <class T>
+DCN_INLINE T *opaque(T *p) {
+  __asm__("" : "+r"(p));
+  return p;
+}
+
 DCN_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }
 DCN_INLINE void prefetch_to_write(void *p) { __builtin_prefetch(p, 1); }
 

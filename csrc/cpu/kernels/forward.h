@@ -14,7 +14,7 @@
  * in the first-level cache or next to it, and the weights, which every strip reads, stay in the second.
  *
  * Weights that meet one tile only are not worth a copy in memory: each panel is packed where its tile
- * multiplies it, into the cache, after the whole tile is sampled (`late`).
+ * multiplies it, into the cache, after the whole tile is sampled (`late`). Threads share the panels.
  *
  * Layouts, in the thread's scratch
  *   columns [strip, late: tile][columns_pitch]     up to 576 columns: tap-major, a block's channels innermost
@@ -55,8 +55,9 @@ struct Forward {
   int64_t columns_row; /* values of a row of columns */
   int64_t result_row;  /* values of a row of the result */
   int64_t tile, tiles; /* pixels of a tile; tiles of an image */
+  bool late;           /* weights are packed by the tiles' tasks */
+  int64_t parts;       /* tasks of a tile, by panels */
   int64_t tile_pitch;  /* pixels between two taps' rows of corners */
-  bool late;           /* weights are packed by the tiles */
   int64_t wave;        /* images of a wave */
   int64_t chunk;       /* taps of a chunk */
   int64_t pack_tasks;  /* packing tasks of an image */
@@ -82,14 +83,15 @@ struct Forward {
     tiles = ceil_div(pixels, tile);
     /* Few tiles: as many for every thread. */
     const int64_t batch = max(p.batch, (int64_t)1);
-    if (tiles * batch < 4 * num_threads)
+    late = !is_depthwise(p) && chunk == taps_of(p) && tiles * batch == 1 &&
+           p.groups * panels * depth * 2 * L * (int64_t)sizeof(A) >= LATE_BYTES;
+    parts = late ? min(panels, (int64_t)num_threads) : 1;
+    if (!late && tiles * batch < 4 * num_threads)
       tiles = min(ceil_div(round_up(tiles * batch, num_threads), batch),
                   ceil_div(pixels, (int64_t)ROWS));
     tile = ceil_div(pixels, tiles);
     tiles = ceil_div(pixels, tile);
     tile_pitch = round_up(tile, L);
-    late = !is_depthwise(p) && chunk == taps_of(p) && tiles * batch <= num_threads &&
-           p.groups * panels * depth * 2 * L * (int64_t)sizeof(A) >= LATE_BYTES;
     const int64_t image_bytes = slabs.count * plane * (int64_t)sizeof(A);
     wave = min(WAVE_SHARE * num_threads, WAVE_BYTES) / image_bytes;
     wave = max((int64_t)1, min(p.batch, wave));
@@ -234,36 +236,40 @@ static void sample_pieces(const Forward<A> &f, const Pieces<A> &pieces, Sampling
 template <class A>
 static void multiply_pieces(const Forward<A> &f, const dcn_tensors &tensors,
                             const Pieces<A> &pieces, const A *weight, Sampling how, int64_t taps,
-                            int64_t pixels, const ForwardScratch<A> &s) {
+                            int64_t pixels, int64_t first_panel, int64_t last_panel,
+                            const ForwardScratch<A> &s) {
   constexpr int64_t L = Vector<A>::lanes, width = 2 * L;
-  const int64_t row = pieces.row, vectors = f.padded_out / L;
+  const int64_t row = pieces.row, vectors = min(2 * last_panel, f.padded_out / L);
   A *result = s.result + pieces.group * f.padded_out;
   if (!weight) {
     sample_pieces(f, pieces, how, taps, 0, pixels, s);
-    for (int64_t panel = 0; panel < f.panels; panel++) {
+    for (int64_t panel = first_panel; panel < last_panel; panel++) {
       pack_weight_panel(f, tensors.weight, pieces.group, panel, row, pieces.columns, s.panel);
       gemm(pixels, min((int64_t)2, vectors - 2 * panel), pieces.columns, s.columns, f.columns_row,
            s.panel, width, width, result + panel * width, f.result_row, row > 0);
     }
     return;
   }
-  weight += (pieces.group * f.panels * f.depth + row) * width;
+  weight += ((pieces.group * f.panels + first_panel) * f.depth + row) * width;
+  result += first_panel * width;
   const int64_t strips = ceil_div(pixels, STRIP);
   for (int64_t strip = 0; strip < strips; strip++) {
     const int64_t first = pixels * strip / strips;
     const int64_t rows = pixels * (strip + 1) / strips - first;
     sample_pieces(f, pieces, how, taps, first, rows, s);
-    gemm(rows, vectors, pieces.columns, s.columns, f.columns_row, weight, width, f.depth * width,
-         result + first * f.result_row, f.result_row, row > 0);
+    gemm(rows, vectors - 2 * first_panel, pieces.columns, s.columns, f.columns_row, weight, width,
+         f.depth * width, result + first * f.result_row, f.result_row, row > 0);
   }
 }
 
 template <class A>
 static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const A *weight,
-                         const A *slabs, int64_t image, int64_t first, int64_t pixels,
+                         const A *slabs, int64_t image, int64_t first, int64_t pixels, int64_t part,
                          const ForwardScratch<A> &s) {
   const dcn_params &p = f.p;
   const int64_t taps = taps_of(p), channels = group_in(p);
+  const int64_t first_panel = f.panels * part / f.parts;
+  const int64_t last_panel = f.panels * (part + 1) / f.parts;
   tile_positions(p, first, pixels, s.tile);
   for (int64_t offset_group = 0; offset_group < p.offset_groups; offset_group++) {
     const int64_t begin = offset_group * offset_group_in(p), end = begin + offset_group_in(p);
@@ -274,7 +280,8 @@ static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const 
                                   first, pixels, f.tile_pitch, s.tile, f.slabs.pitch, s.corners);
       Pieces<A> pieces = {};
       const auto multiply = [&] {
-        multiply_pieces(f, tensors, pieces, weight, sampling(tensors, special), count, pixels, s);
+        multiply_pieces(f, tensors, pieces, weight, sampling(tensors, special), count, pixels,
+                        first_panel, last_panel, s);
         pieces = {};
       };
       for (int64_t slab = 0; slab < f.slabs.count; slab++) {
@@ -296,9 +303,11 @@ static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const 
       multiply();
     }
   }
+  const int64_t begin = first_panel * 2 * Vector<A>::lanes;
+  const int64_t end = min(last_panel * 2 * Vector<A>::lanes, group_out(p));
   for (int64_t group = 0; group < p.groups; group++)
-    write_tile(tensors.output, p, p.out_channels, plane_out(p), image, group * group_out(p), 1,
-               group_out(p), first, pixels, s.result + group * f.padded_out, f.result_row,
+    write_tile(tensors.output, p, p.out_channels, plane_out(p), image, group * group_out(p) + begin,
+               1, end - begin, first, pixels, s.result + group * f.padded_out + begin, f.result_row,
                tensors.bias);
 }
 
@@ -411,7 +420,7 @@ static void forward_plan(const dcn_params &p, int num_threads, dcn_cpu_plan *pla
   plan->waves = ceil_div(p.batch, f.wave);
   plan->phases = 2;
   plan->tasks[0] = f.weight_tasks() + f.wave * f.pack_tasks;
-  plan->tasks[1] = f.wave * f.tiles;
+  plan->tasks[1] = f.wave * f.tiles * f.parts;
   plan->shared_bytes = shared.used;
   plan->scratch_bytes = scratch.used;
   plan->weight_tasks = f.weight_tasks();
@@ -447,6 +456,8 @@ static void forward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, i
               piece / f.slabs.count, shared.slabs + (image * f.slabs.count + slab) * f.plane);
     return;
   }
+  const int64_t part = task % f.parts;
+  task /= f.parts;
   const int64_t image = task / f.tiles, first = task % f.tiles * f.tile;
   if (image >= images) return;
   const int64_t pixels = min(f.tile, plane_out(p) - first);
@@ -456,7 +467,8 @@ static void forward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, i
     forward_depthwise_tile(f, *call.tensors, weight, slabs, first_image + image, first, pixels,
                            scratch);
   else
-    forward_tile(f, *call.tensors, weight, slabs, first_image + image, first, pixels, scratch);
+    forward_tile(f, *call.tensors, weight, slabs, first_image + image, first, pixels, part,
+                 scratch);
 }
 
 }  // namespace DCN_ISA

@@ -110,6 +110,16 @@ def test_kernel_chunks(kernel, channels, groups):
     check(call, f"testing.lattice({geometry}, 5, (2, 1, 1))")
 
 
+@pytest.mark.parametrize(("channels", "out_channels", "groups"), [(130, 260, 1), (132, 520, 2)])
+def test_many_weights(channels, out_channels, groups):
+    """More than a megabyte of weights for one tile: packed where they are multiplied."""
+    geometry = testing.Geometry(
+        1, channels, 5, 7, out_channels, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), groups, 1
+    )
+    call = testing.lattice(geometry, 7, (1, 1, 1))
+    check(call, f"testing.lattice({geometry}, 7, (1, 1, 1))")
+
+
 @pytest.mark.parametrize("side", [90, 127])
 def test_many_pixels(side):
     """Gradients of the weight that are summed over many tiles."""

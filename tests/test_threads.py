@@ -31,6 +31,7 @@ LARGE = {
     "one_image": Geometry(1, 16, 75, 81, 33, THREE, padding=SAME),
     "many_images": Geometry(21, 24, 17, 15, 24, THREE, padding=SAME),
     "wide_slabs": Geometry(1, 200, 21, 23, 20, THREE, padding=SAME),
+    "many_weights": Geometry(1, 130, 11, 13, 260, THREE, padding=SAME),
     "groups_across": Geometry(3, 72, 53, 51, 36, (3, 2), (1, 2), (2, 1, 0, 1), (1, 2), 3, 8),
     "offset_groups": Geometry(2, 48, 39, 37, 17, THREE, padding=SAME, offset_groups=4, mask=False),
     "depthwise": Geometry(4, 96, 69, 71, 96, THREE, padding=SAME, groups=96, bias=False),

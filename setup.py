@@ -65,7 +65,7 @@ if RELEASE:
     # pass up to a tenth slower in float64. The other loops, of resampling and 16-bit types, need the
     # cost model of -O3. -Os for an oracle and for processors older than AVX2.
     # Below -O3 GCC does not see that a loop over lanes fills the vector, and warns.
-    KERNEL_FLAGS.append("-Wno-maybe-uninitialized")
+    KERNEL_FLAGS += ["-Wno-maybe-uninitialized", "-fno-asynchronous-unwind-tables"]
     FAST = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
     SMALL = ["-Os"]
     for isa, flags in KERNELS.items():

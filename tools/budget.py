@@ -1,6 +1,6 @@
 """What dcnlib costs on a device, beside onnxruntime and torch with torchvision: docs/edge.md's table.
 
-    python tools/budget.py [PYTHON]
+    python tools/budget.py [PYTHON [NAME ...]]
 
 Each figure comes from a process of its own. PYTHON, by default this one, is where the other packages
 are looked for; dcnlib is measured in the running one. The layer is a modulated deformable convolution,
@@ -40,12 +40,12 @@ bias = rng.standard_normal(C, np.float32)
 {make}
 before = rss()
 start = time.perf_counter(); call(); found["first_ms"] = 1e3 * (time.perf_counter() - start)
+found["layer"] = max(rss("VmHWM"), before) - before
+clock = time.process_time if threads == 1 else time.perf_counter  # of one thread the same, undisturbed
 times = []
 for _ in range(9):
-    start = time.perf_counter(); call(); times.append(time.perf_counter() - start)
-found["ms"] = 1e3 * sorted(times)[len(times) // 4]
-found["peak"] = rss("VmHWM")
-found["layer"] = found["peak"] - before
+    start = clock(); call(); times.append(clock() - start)
+found["ms"] = 1e3 * min(times)
 print(json.dumps(found))
 """
 
@@ -128,16 +128,16 @@ def child(python: str, code: str, *arguments: str) -> str | None:
 def measure(name: str, python: str, threads: int, dtype: str) -> dict[str, float] | None:
     imports, make = _CASES[name]
     code = _COMMON.replace("{imports}", imports).replace("{make}", make)
-    runs = [child(python, code, str(threads), dtype) for _ in range(3)]
+    runs = [child(python, code, str(threads), dtype) for _ in range(2)]
     if None in runs:
         return None
     all_runs = [json.loads(run) for run in runs]  # type: ignore[arg-type]
     return {key: min(run[key] for run in all_runs) for key in all_runs[0]}
 
 
-def main(other: str = sys.executable) -> None:
+def main(other: str = sys.executable, *names: str) -> None:
     rows = {}
-    for name in _CASES:
+    for name in names or _CASES:
         python = sys.executable if name == "dcnlib" else other
         one, two = (measure(name, python, threads, "float32") for threads in (1, 2))
         if one is None or two is None:

@@ -7,6 +7,7 @@ import pytest
 
 import dcnlib
 from dcnlib import testing
+from dcnlib._problem import deform_conv2d_problem
 from dcnlib.backends import cpu
 from dcnlib.testing import OUTPUTS, PROBLEMS
 
@@ -154,6 +155,32 @@ def test_channels_last_changes_no_bit(name, dtype, isa):
         assert (result is None) == (expected is None)
         if result is not None:
             assert np.ascontiguousarray(result).tobytes() == expected.tobytes(), key
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_16_bit_value_is_widened_and_rounded(dtype, channels_last, isa):
+    """Products of two are exact in float32: all that can go wrong are the types."""
+    dtype = np.dtype(pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype)
+    rng = np.random.default_rng(0)
+    values = rng.permutation(np.arange(1 << 16, dtype="uint16")).view(dtype)
+    input = np.resize(values, (1, 67, 29, 35))
+    weight = rng.standard_normal((67, 1, 1, 1)).astype(dtype)
+    with np.errstate(all="ignore"):
+        expected = (input.astype("float32") * weight[:, 0].astype("float32")).astype(dtype)
+    specs = [(array.shape, str(dtype)) for array in (input, weight)]
+    problem = deform_conv2d_problem(
+        "test", specs[0], None, specs[1], None, None, None, (1, 1), (0,) * 4, (1, 1), 67, None,
+        channels_last,
+    )  # fmt: skip
+    output = np.zeros_like(to_nhwc(input) if channels_last else input)
+    with dcnlib.cpu_isa(isa):
+        cpu.forward(
+            problem, to_nhwc(input) if channels_last else input, None, weight, None, None, output
+        )
+    output = to_nchw(output) if channels_last else output
+    np.testing.assert_array_equal(output.astype("float32"), expected.astype("float32"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -476,36 +476,61 @@ static A sum_run(const A *row, int64_t count) {
   return fold<A>(part[0]);
 }
 
+/* The same of `width` outputs, from [pixel][output] in storage type: the same sums, side by side. */
+template <class A>
+static void sum_pixels(const void *memory, int dtype, int64_t index, int64_t step, int64_t count,
+                       int64_t width, A *sums) {
+  A part[32][BIAS_OUTPUTS] = {}, row[BIAS_OUTPUTS] = {};
+  for (int64_t i = 0; i < count; i++) {
+    read_row(memory, dtype, index + i * step, 1, width, row);
+    for (int64_t j = 0; j < BIAS_OUTPUTS; j++) part[i % 32][j] += row[j];
+  }
+  for (int64_t ways = 16; ways; ways /= 2)
+    for (int64_t i = 0; i < ways; i++)
+      for (int64_t j = 0; j < BIAS_OUTPUTS; j++) part[i][j] += part[i + ways][j];
+  for (int64_t j = 0; j < width; j++) sums[j] = part[0][j];
+}
+
 /* grad_bias of BIAS_OUTPUTS outputs: runs in A, their total in double with its rounding errors kept
  * (`sums` holds total and error of every output between waves). */
 template <class A>
 static void sum_bias(const Backward<A> &b, const dcn_tensors &tensors, double *sums, int64_t task,
                      int64_t first_image, int64_t images, bool first_wave, bool last_wave, A *row) {
   const dcn_params &p = b.p;
-  const bool nhwc = p.layout == DCN_NHWC;
-  const int64_t begin = task * BIAS_OUTPUTS, end = min(begin + BIAS_OUTPUTS, p.out_channels);
+  const int64_t begin = task * BIAS_OUTPUTS, width = min(BIAS_OUTPUTS, p.out_channels - begin);
   const int64_t plane = plane_out(p);
-  for (int64_t o = begin; o < end; o++) {
-    double total = first_wave ? 0 : sums[2 * o], error = first_wave ? 0 : sums[2 * o + 1];
-    for (int64_t image = first_image; image < first_image + images; image++)
-      for (int64_t first = 0; first < plane; first += SUM_RUN) {
-        const int64_t count = min(SUM_RUN, plane - first);
-        const int64_t at = nhwc ? (image * plane + first) * p.out_channels + o
-                                : (image * p.out_channels + o) * plane + first;
-        const A *run = (const A *)tensors.grad_output + at;
-        if (!b.direct_output)
-          read_row(tensors.grad_output, p.dtype, at, nhwc ? p.out_channels : 1, count, row),
-              run = row;
-        const double value = (double)sum_run(run, count), sum = total + value;
-        const double kept = sum - total;
-        error += (total - (sum - kept)) + (value - kept);
-        total = sum;
+  sums += 2 * begin;
+  if (first_wave)
+    for (int64_t j = 0; j < 2 * width; j++) sums[j] = 0;
+  for (int64_t image = first_image; image < first_image + images; image++)
+    for (int64_t first = 0; first < plane; first += SUM_RUN) {
+      const int64_t count = min(SUM_RUN, plane - first);
+      A value[BIAS_OUTPUTS];
+      if (p.layout == DCN_NHWC) {
+        sum_pixels(tensors.grad_output, p.dtype, (image * plane + first) * p.out_channels + begin,
+                   p.out_channels, count, width, value);
+      } else {
+        for (int64_t j = 0; j < width; j++) {
+          const int64_t at = (image * p.out_channels + begin + j) * plane + first;
+          const A *run = (const A *)tensors.grad_output + at;
+          if (!b.direct_output)
+            read_row(tensors.grad_output, p.dtype, at, 1, count, row), run = row;
+          value[j] = sum_run(run, count);
+        }
       }
-    sums[2 * o] = total;
-    sums[2 * o + 1] = error;
+      for (int64_t j = 0; j < width; j++) {
+        const double one = (double)value[j], total = sums[2 * j], sum = total + one;
+        const double kept = sum - total;
+        sums[2 * j + 1] += (total - (sum - kept)) + (one - kept);
+        sums[2 * j] = sum;
+      }
+    }
+  if (!last_wave) return;
+  for (int64_t j = 0; j < width; j++) {
+    const double total = sums[2 * j], error = sums[2 * j + 1];
     /* An infinite or NaN total has no error to add. */
     const A rounded = (A)(total - total == 0 ? total + error : total);
-    if (last_wave) write_row(tensors.grad_bias, p.dtype, o, 1, 1, &rounded);
+    write_row(tensors.grad_bias, p.dtype, begin + j, 1, 1, &rounded);
   }
 }
 
@@ -644,15 +669,15 @@ static void prepare_image(const Backward<A> &b, const dcn_tensors &tensors,
                 p.out_channels / copies, first, pixels,
                 shared.output + ((place * copies + j) * plane_out(p) + first) * b.output_row,
                 b.output_row);
-  if (b.need_lines)
-    for (int64_t o = 0; o < p.out_channels; o++) {
-      const bool nhwc = p.layout == DCN_NHWC;
-      read_row(tensors.grad_output, p.dtype,
-               nhwc ? (image * plane_out(p) + first) * p.out_channels + o
-                    : (image * p.out_channels + o) * plane_out(p) + first,
-               nhwc ? p.out_channels : 1, pixels,
-               shared.lines + (place * p.out_channels + o) * b.output_line + first);
-    }
+  if (!b.need_lines) return;
+  A *lines = shared.lines + place * p.out_channels * b.output_line + first;
+  if (p.layout == DCN_NHWC)
+    turn_pixels(shared.output + (place * plane_out(p) + first) * b.output_row, b.output_row, pixels,
+                p.out_channels, lines, b.output_line);
+  else
+    for (int64_t o = 0; o < p.out_channels; o++)
+      read_row(tensors.grad_output, p.dtype, (image * p.out_channels + o) * plane_out(p) + first, 1,
+               pixels, lines + o * b.output_line);
 }
 
 /* A task of phase 2, all of which belong to one image. */

@@ -2,11 +2,12 @@
  *
  *   pack_frame     channels of (C, H, W) or (H, W, C) in storage type -> frame [pixel][pitch]
  *   pack_pixels    every `step`-th channel of the same -> [pixel][pitch], no frame
+ *   turn_pixels    [pixel][pitch] -> [channel][line]
  *   transpose_rows [row][column] -> [column][row]
  *   write_tile     [pixel][pitch] -> channels of (C, H, W) or (H, W, C) in storage type, plus bias
  *
- * All go through lanes x lanes transposes in registers where the caller is channels-first; float32
- * loads and stores whole vectors. Channels beyond `count` up to the pitch are written as zeros.
+ * All go through lanes x lanes transposes in registers where the caller is channels-first, and load and
+ * store whole vectors. Channels beyond `count` up to the pitch are written as zeros.
  */
 #ifndef DCN_LAYOUT_H
 #define DCN_LAYOUT_H
@@ -20,6 +21,24 @@ namespace DCN_ISA {
 template <class A>
 DCN_INLINE bool is_direct(const dcn_params &p) {
   return p.dtype == (sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
+}
+
+/* Whether whole vectors of A can be loaded from tensors and stored to them: their type is A's or, for
+ * float, one of 16 bits. */
+template <class A>
+DCN_INLINE bool is_stored(const dcn_params &p) {
+  return is_direct<A>(p) || (sizeof(A) == 4 && p.dtype != DCN_FLOAT64);
+}
+
+/* do_it(type of the tensors), a constant in each of its copies: no branch is left inside of its loops. */
+template <class A, class DoIt>
+DCN_INLINE void with_type(const dcn_params &p, DoIt do_it) {
+  if (is_direct<A>(p))
+    do_it(sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
+  else if (p.dtype == DCN_FLOAT16)
+    do_it(DCN_FLOAT16);
+  else
+    do_it(DCN_BFLOAT16);
 }
 
 /* block[j] = values j of lanes rows `step` apart. */
@@ -38,12 +57,15 @@ DCN_INLINE void load_block(const void *memory, const dcn_params &p, int64_t inde
                            int64_t lines, int64_t columns, typename Vector<A>::V *block) {
   constexpr int64_t L = Vector<A>::lanes;
   typedef typename Vector<A>::V V;
-  const A *from = (const A *)memory + index;
-  if (is_direct<A>(p) && lines == L && columns == L) {
+  if (is_stored<A>(p) && columns == L) {
+    with_type<A>(p, [&](int dtype) {
+      if (lines == L)
 #pragma GCC unroll 16
-    for (int64_t j = 0; j < L; j++) block[j] = load(from + j * plane);
-  } else if (is_direct<A>(p) && columns == L) {
-    for (int64_t j = 0; j < L; j++) block[j] = j < lines ? load(from + j * plane) : V{};
+        for (int64_t j = 0; j < L; j++) block[j] = load_stored<A>(memory, dtype, index + j * plane);
+      else
+        for (int64_t j = 0; j < L; j++)
+          block[j] = j < lines ? load_stored<A>(memory, dtype, index + j * plane) : V{};
+    });
   } else {
     A line[L] = {};
     for (int64_t j = 0; j < L; j++) {
@@ -172,6 +194,27 @@ static void pack_pixels(const void *memory, const dcn_params &p, int64_t channel
     }
 }
 
+/* to[c][i] = from[i][c], i < pixels, c < count; rows of `from` are whole vectors. */
+template <class A>
+static void turn_pixels(const A *from, int64_t pitch, int64_t pixels, int64_t count, A *to,
+                        int64_t line) {
+  constexpr int64_t L = Vector<A>::lanes;
+  for (int64_t c = 0; c < count; c += L)
+    for (int64_t i = 0; i < pixels; i += L) {
+      if (i + L > pixels && pixels >= L) i = pixels - L;
+      if (i + L > pixels) { /* less than a vector of them */
+        for (int64_t j = c; j < min(c + L, count); j++)
+          for (int64_t k = 0; k < pixels; k++) to[j * line + k] = from[k * pitch + j];
+        break;
+      }
+      typename Vector<A>::V block[L];
+      turn_block(from + i * pitch + c, pitch, block);
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < L; j++)
+        if (c + j < count) store(to + (c + j) * line + i, block[j]);
+    }
+}
+
 /* tile[at(pixel)][pitch] -> memory[image][begin + c * step][first + pixel], c < count, plus bias;
  * `walk_from(pixel)` gives where in the tile pixels lie, with `at` and step(). */
 template <class A, class WalkFrom>
@@ -185,14 +228,21 @@ static void write_walked(void *memory, const dcn_params &p, int64_t channels, in
     A row[SLAB];
     for (int64_t c = 0; c < count; c += SLAB) {
       const int64_t width = min(SLAB, count - c);
+      const int64_t whole = step == 1 && is_stored<A>(p) ? width / L * L : 0;
       A add[SLAB] = {};
       if (bias) read_row(bias, p.dtype, begin + c * step, step, width, add);
       auto walk = walk_from(0);
       for (int64_t i = 0; i < pixels; i++) {
         const A *from = tile + walk.at * pitch + c;
-        for (int64_t j = 0; j < width; j++) row[j] = from[j] + add[j];
-        write_row(memory, p.dtype, (image * plane + first + i) * channels + begin + c * step, step,
-                  width, row);
+        const int64_t at = (image * plane + first + i) * channels + begin + c * step;
+        with_type<A>(p, [&](int dtype) {
+          for (int64_t j = 0; j < whole; j += L)
+            store_stored<A>(memory, dtype, at + j, load(from + j) + load(add + j));
+        });
+        if (whole < width) {
+          for (int64_t j = whole; j < width; j++) row[j] = from[j] + add[j];
+          write_row(memory, p.dtype, at + whole * step, step, width - whole, row + whole);
+        }
         walk.step();
       }
     }
@@ -221,8 +271,11 @@ static void write_walked(void *memory, const dcn_params &p, int64_t channels, in
         for (int64_t j = 0; j < L; j++) prefetch_to_write(to + j * step * plane + L);
 #pragma GCC unroll 16
         for (int64_t j = 0; j < L; j++) store(to + j * step * plane, block[j] + add[j]);
-      } else if (is_direct<A>(p) && columns == L) {
-        for (int64_t j = 0; j < lines; j++) store(to + j * step * plane, block[j] + add[j]);
+      } else if (is_stored<A>(p) && columns == L) {
+        with_type<A>(p, [&](int dtype) {
+          for (int64_t j = 0; j < lines; j++)
+            store_stored<A>(memory, dtype, origin + i + j * step * plane, block[j] + add[j]);
+        });
       } else {
         for (int64_t j = 0; j < lines; j++) {
           A line[L];

@@ -70,6 +70,51 @@ DCN_INLINE uint16_t to_float16(float f) {
 }
 #endif
 
+#if DCN_VECTOR_BYTES
+/* A vector of 16-bit values, widened and rounded. */
+typedef uint16_t Halves __attribute__((vector_size(DCN_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef Vector<float>::V Floats;
+
+DCN_INLINE Floats load_bfloat16(const uint16_t *from) {
+  return (Floats)(__builtin_convertvector(*(const Halves *)from, Unsigned<float>::V) << 16);
+}
+
+DCN_INLINE void store_bfloat16(uint16_t *to, Floats v) {
+  typedef Unsigned<float>::V U;
+  const U bits = (U)v, high = bits >> 16;
+  const U rounded = (bits + 0x7fff + (high & 1)) >> 16;
+  *(Halves *)to = __builtin_convertvector(v != v ? high | 0x40 : rounded, Halves);
+}
+
+#if defined(__AVX512F__) /* masked with all set: GCC 12 warns of the plain ones */
+DCN_INLINE Floats load_float16(const uint16_t *from) {
+  return (Floats)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i *)from));
+}
+DCN_INLINE void store_float16(uint16_t *to, Floats v) {
+  _mm256_storeu_si256((__m256i *)to,
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+DCN_INLINE Floats load_float16(const uint16_t *from) {
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+}
+DCN_INLINE void store_float16(uint16_t *to, Floats v) {
+  _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+DCN_INLINE Floats load_float16(const uint16_t *from) {
+  float line[Vector<float>::lanes];
+  for (int i = 0; i < Vector<float>::lanes; i++) line[i] = from_float16(from[i]);
+  return load(line);
+}
+DCN_INLINE void store_float16(uint16_t *to, Floats v) {
+  float line[Vector<float>::lanes];
+  store(line, v);
+  for (int i = 0; i < Vector<float>::lanes; i++) to[i] = to_float16(line[i]);
+}
+#endif
+#endif
+
 /* One element at `index` of memory of type `dtype`, in arithmetic type A. */
 template <class A>
 DCN_INLINE A read_one(const void *memory, int dtype, int64_t index) {
@@ -105,16 +150,14 @@ static void read_row(const void *memory, int dtype, int64_t index, int64_t step,
     }
     case DCN_FLOAT16: {
       const uint16_t *from = (const uint16_t *)memory + index;
-#if defined(__F16C__)
       int64_t i = 0;
-      if (step == 1 && sizeof(A) == 4)
-        for (; i + 8 <= count; i += 8)
-          _mm256_storeu_ps((float *)out + i,
-                           _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + i))));
-      for (; i < count; i++) out[i] = (A)from_float16(from[i * step]);
-#else
-      for (int64_t i = 0; i < count; i++) out[i] = (A)from_float16(from[i * step]);
+#if DCN_VECTOR_BYTES
+      if constexpr (sizeof(A) == 4)
+        if (step == 1)
+          for (constexpr int64_t L = Vector<A>::lanes; i + L <= count; i += L)
+            store(out + i, load_float16(from + i));
 #endif
+      for (; i < count; i++) out[i] = (A)from_float16(from[i * step]);
       break;
     }
     default: {
@@ -147,16 +190,14 @@ static void write_row(void *memory, int dtype, int64_t index, int64_t step, int6
     }
     case DCN_FLOAT16: {
       uint16_t *to = (uint16_t *)memory + index;
-#if defined(__F16C__)
       int64_t i = 0;
-      if (step == 1 && sizeof(A) == 4)
-        for (; i + 8 <= count; i += 8)
-          _mm_storeu_si128((__m128i *)(to + i), _mm256_cvtps_ph(_mm256_loadu_ps((float *)row + i),
-                                                                _MM_FROUND_TO_NEAREST_INT));
-      for (; i < count; i++) to[i * step] = to_float16((float)row[i]);
-#else
-      for (int64_t i = 0; i < count; i++) to[i * step] = to_float16((float)row[i]);
+#if DCN_VECTOR_BYTES
+      if constexpr (sizeof(A) == 4)
+        if (step == 1)
+          for (constexpr int64_t L = Vector<A>::lanes; i + L <= count; i += L)
+            store_float16(to + i, load(row + i));
 #endif
+      for (; i < count; i++) to[i * step] = to_float16((float)row[i]);
       break;
     }
     default: {
@@ -167,6 +208,33 @@ static void write_row(void *memory, int dtype, int64_t index, int64_t step, int6
         for (int64_t i = 0; i < count; i++) to[i * step] = to_bfloat16((float)row[i]);
     }
   }
+}
+
+/* A whole vector at `index` of memory of type `dtype`, which is A's own or, for float, narrower. */
+template <class A>
+DCN_INLINE typename Vector<A>::V load_stored(const void *memory, int dtype, int64_t index) {
+#if DCN_VECTOR_BYTES
+  if constexpr (sizeof(A) == 4) {
+    if (dtype == DCN_FLOAT16) return load_float16((const uint16_t *)memory + index);
+    if (dtype == DCN_BFLOAT16) return load_bfloat16((const uint16_t *)memory + index);
+  }
+  return load((const A *)memory + index);
+#else
+  return read_one<A>(memory, dtype, index);
+#endif
+}
+
+template <class A>
+DCN_INLINE void store_stored(void *memory, int dtype, int64_t index, typename Vector<A>::V v) {
+#if DCN_VECTOR_BYTES
+  if constexpr (sizeof(A) == 4) {
+    if (dtype == DCN_FLOAT16) return store_float16((uint16_t *)memory + index, v);
+    if (dtype == DCN_BFLOAT16) return store_bfloat16((uint16_t *)memory + index, v);
+  }
+  store((A *)memory + index, v);
+#else
+  write_row<A>(memory, dtype, index, 1, 1, &v);
+#endif
 }
 
 DCN_INLINE int64_t bytes_of(int dtype) {

@@ -1,7 +1,7 @@
 """Weights that stay packed from call to call, where their owner has frozen them (`dcnlib.nn.freeze`).
 
-The CPU kernels read a copy of the weight, packed for them in every call: a third of the time where
-images are small and channels many. torch cannot tell for certain that a weight is what it was: its
+The CPU kernels read a copy of the weight, packed for them in every call: up to a tenth of the time
+where images are small and channels many. torch cannot tell for certain that a weight is what it was: its
 version counter misses writes through ``.data``, through arrays that share the memory, and those of
 fused optimizers. So nothing is kept unasked. What is asked for is kept
 

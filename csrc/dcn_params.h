@@ -54,7 +54,7 @@ typedef struct {
   int64_t group_h, group_w;
   int64_t samples; /* of a bin along one axis; 0: one for each pixel of its extent */
   double spatial_scale, offset_scale;
-  int32_t position_sensitive; /* the dialect: see roi_bins.h */
+  int32_t position_sensitive; /* the dialect: see roi_axis.h */
   int32_t dtype, layout;
 } dcn_roi_params;
 

@@ -44,11 +44,10 @@ def backends() -> dict[str, BackendStatus]:
     return status
 
 
-def choose(op: str, backend: str | None, device: str, function: str = "forward") -> ModuleType:
+def choose(op: str, backend: str | None, device: str) -> ModuleType:
     """The backend module for tensors on `device` ("cpu", "cuda"); `backend` forces one by name.
 
-    An explicit request never falls back: if it declines, the error carries its reason. `function`
-    is what is wanted of the backend.
+    An explicit request never falls back: if it declines, the error carries its reason.
     """
     check_name(op, backend)
     if backend is None:
@@ -57,11 +56,6 @@ def choose(op: str, backend: str | None, device: str, function: str = "forward")
             raise value_error(op, "input", "no backend for this device", "cpu or cuda", device)
     module = _load(backend)
     reason = module.why_not(device)
-    if reason is None and not hasattr(module, function):
-        reason = (
-            "this version has no such kernels for it; "
-            "move the tensors to the CPU with .cpu() and dcnlib runs there"
-        )
     if reason is not None:
         raise RuntimeError(f"{op}: backend: {backend!r} cannot run on {device}: {reason}")
     return module

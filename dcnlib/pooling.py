@@ -484,7 +484,7 @@ def _forward(
     offset: np.ndarray | None,
     mask: np.ndarray | None,
 ) -> np.ndarray:
-    chosen = _dispatch.choose(op, backend, "cpu", "roi_pool_forward")
+    chosen = _dispatch.choose(op, backend, "cpu")
     rois = _regions(op, problem, rois)
     output = np.empty(problem.output_shape, plain(input).dtype)
     chosen.roi_pool_forward(problem, plain(input), rois, _plain(offset), _plain(mask), output)
@@ -501,7 +501,7 @@ def _backward(
     offset: np.ndarray | None,
     mask: np.ndarray | None,
 ) -> tuple[np.ndarray | None, ...]:
-    chosen = _dispatch.choose(op, backend, "cpu", "roi_pool_backward")
+    chosen = _dispatch.choose(op, backend, "cpu")
     rois = _regions(op, problem, rois)
     input = plain(input)
     grads = (

@@ -106,7 +106,7 @@ def deform_resample2d(
         return torch_ops().deform_resample2d(input, offset, boundary, backend)
     input, offset = map(memory, arrays.values())
     problem = cached_resample_problem(op, spec(input), spec(offset), None, boundary)
-    chosen = _dispatch.choose(op, backend, "cpu", "resample_forward")
+    chosen = _dispatch.choose(op, backend, "cpu")
     input, offset = plain(input), plain(offset)
     output = np.empty(input.shape, input.dtype)
     chosen.resample_forward(
@@ -176,7 +176,7 @@ def deform_resample2d_backward(
         return DeformResample2dGradients(*grads)
     grad_output, input, offset = map(memory, arrays.values())
     problem = cached_resample_problem(op, spec(input), spec(offset), spec(grad_output), boundary)
-    chosen = _dispatch.choose(op, backend, "cpu", "resample_backward")
+    chosen = _dispatch.choose(op, backend, "cpu")
     input, offset = plain(input), plain(offset)
     grads = DeformResample2dGradients(
         np.empty(input.shape, input.dtype), np.empty(offset.shape, input.dtype)

@@ -13,6 +13,10 @@ from libc.stdlib cimport free
 from libc.string cimport memset
 
 from dcn_cpu cimport *
+from dcn_params cimport (
+    dcn_resample_params, dcn_resample_tensors, dcn_roi_params, dcn_roi_tensors,
+    fill_resample_params, fill_roi_params,
+)
 
 cdef extern from "<stdlib.h>" nogil:
     int posix_memalign(void **memory, size_t alignment, size_t bytes)
@@ -255,26 +259,6 @@ cdef int fill_params(problem, dcn_params *params) except -1:
     ) = problem
     params.dtype = DTYPES[dtype]
     params.layout = DCN_NHWC if channels_last else DCN_NCHW
-    return 0
-
-
-cdef int fill_roi_params(problem, dcn_roi_params *params) except -1:
-    (
-        params.batch, params.in_channels, params.in_h, params.in_w,
-        params.rois, params.out_channels, params.out_h, params.out_w,
-        params.classes, params.part_h, params.part_w, params.group_h, params.group_w,
-        params.samples, params.spatial_scale, params.offset_scale, params.position_sensitive,
-        dtype, _, _, channels_last,
-    ) = problem
-    params.dtype = DTYPES[dtype]
-    params.layout = DCN_NHWC if channels_last else DCN_NCHW
-    return 0
-
-
-cdef int fill_resample_params(problem, dcn_resample_params *params) except -1:
-    params.batch, params.channels, params.in_h, params.in_w, boundary, dtype, _ = problem
-    params.border = boundary == "border"
-    params.dtype = DTYPES[dtype]
     return 0
 
 

@@ -30,40 +30,6 @@ cdef extern from "dcn_params.h" nogil:
         void *grad_bias
         void *grad_mask
 
-    ctypedef struct dcn_roi_params:
-        int64_t batch, in_channels, in_h, in_w
-        int64_t rois, out_channels, out_h, out_w
-        int64_t classes, part_h, part_w
-        int64_t group_h, group_w
-        int64_t samples
-        double spatial_scale, offset_scale
-        int32_t position_sensitive
-        int32_t dtype, layout
-
-    ctypedef struct dcn_roi_tensors:
-        const void *input
-        const double *rois
-        const void *offset
-        const void *mask
-        void *output
-        const void *grad_output
-        void *grad_input
-        void *grad_offset
-        void *grad_mask
-
-    ctypedef struct dcn_resample_params:
-        int64_t batch, channels, in_h, in_w
-        int32_t border
-        int32_t dtype
-
-    ctypedef struct dcn_resample_tensors:
-        const void *input
-        const void *offset
-        void *output
-        const void *grad_output
-        void *grad_input
-        void *grad_offset
-
 
 cdef extern from "dcn_cpu.h" nogil:
     enum:

@@ -6,7 +6,10 @@ from libc.stdint cimport int64_t, uintptr_t
 from libc.string cimport memset
 
 from dcn_cuda cimport *
-from dcn_params cimport DCN_NCHW, DCN_NHWC, dcn_params, dcn_tensors, fill_params
+from dcn_params cimport (
+    DCN_NCHW, DCN_NHWC, dcn_params, dcn_resample_params, dcn_resample_tensors, dcn_roi_params,
+    dcn_roi_tensors, dcn_tensors, fill_params, fill_resample_params, fill_roi_params,
+)
 
 
 def state() -> tuple[int, int, int, int]:
@@ -133,10 +136,119 @@ cdef class Call:
         check(error, "gather")
 
 
-cdef int check(int error, name) except -1:
+cdef class RoiCall:
+    """One RoI pooling or its derivative on a device; operands as for `Call`, `rois` float64."""
+
+    cdef dcn_roi_params params
+    cdef dcn_roi_tensors tensors
+    cdef dcn_cuda_rois some
+    cdef dcn_cuda_launch where
+    cdef str op
+
+    def __init__(
+        self, problem, *, int device, uintptr_t stream, int blocks, uintptr_t input,
+        uintptr_t rois, uintptr_t offset=0, uintptr_t mask=0, uintptr_t output=0,
+        uintptr_t grad_output=0, uintptr_t grad_offset=0, uintptr_t grad_mask=0,
+    ) -> None:
+        fill_roi_params(problem, &self.params)
+        memset(&self.tensors, 0, sizeof(self.tensors))
+        self.tensors.input = <void *>input
+        self.tensors.rois = <const double *>rois
+        self.tensors.offset = <void *>offset
+        self.tensors.mask = <void *>mask
+        self.tensors.output = <void *>output
+        self.tensors.grad_output = <void *>grad_output
+        self.tensors.grad_offset = <void *>grad_offset
+        self.tensors.grad_mask = <void *>grad_mask
+        self.where.stream = <void *>stream
+        self.where.device = device
+        self.where.blocks = blocks
+        self.op = "deform_psroi_pool" if self.params.position_sensitive else "deform_roi_pool"
+
+    def bytes(self) -> int:
+        """Of the touches of one RoI."""
+        return dcn_cuda_roi_bytes(&self.params)
+
+    def touches(self, int64_t first, int64_t count, uintptr_t touches) -> None:
+        """The next passes are about these RoIs."""
+        cdef int error
+        self.some.first = first
+        self.some.count = count
+        with nogil:
+            error = dcn_cuda_roi_touches(
+                &self.params, &self.tensors, &self.some, &self.where, <void *>touches)
+        check(error, "touches", self.op)
+
+    def pool(self, uintptr_t touches) -> None:
+        cdef int error
+        with nogil:
+            error = dcn_cuda_roi_pool(
+                &self.params, &self.tensors, &self.some, &self.where, <void *>touches)
+        check(error, "pool", self.op)
+
+    def sums(self, uintptr_t touches, uintptr_t sums) -> None:
+        cdef int error
+        with nogil:
+            error = dcn_cuda_roi_sums(
+                &self.params, &self.tensors, &self.some, &self.where, <void *>touches,
+                <void *>sums)
+        check(error, "sums", self.op)
+
+    def spread(self, uintptr_t touches, bint ordered, uintptr_t grad_input) -> None:
+        cdef int error
+        with nogil:
+            error = dcn_cuda_roi_spread(
+                &self.params, &self.tensors, &self.some, &self.where, <void *>touches, ordered,
+                <void *>grad_input)
+        check(error, "spread", self.op)
+
+
+def resample(
+    problem, int device, uintptr_t stream, int blocks, uintptr_t input, uintptr_t offset,
+    uintptr_t output,
+) -> None:
+    """Fill `output`; addresses."""
+    cdef dcn_resample_params params
+    cdef dcn_resample_tensors tensors
+    cdef dcn_cuda_launch where
+    cdef int error
+    fill_resample_params(problem, &params)
+    memset(&tensors, 0, sizeof(tensors))
+    tensors.input = <void *>input
+    tensors.offset = <void *>offset
+    tensors.output = <void *>output
+    where.stream, where.device, where.blocks = <void *>stream, device, blocks
+    with nogil:
+        error = dcn_cuda_resample(&params, &tensors, &where)
+    check(error, "resample", "deform_resample2d")
+
+
+def resample_backward(
+    problem, int device, uintptr_t stream, int blocks, uintptr_t grad_output, uintptr_t input,
+    uintptr_t offset, uintptr_t grad_offset, bint ordered, uintptr_t grad_input,
+) -> None:
+    """Fill `grad_offset`, add to `grad_input`, each if it is not 0."""
+    cdef dcn_resample_params params
+    cdef dcn_resample_tensors tensors
+    cdef dcn_cuda_launch where
+    cdef int error
+    fill_resample_params(problem, &params)
+    memset(&tensors, 0, sizeof(tensors))
+    tensors.grad_output = <void *>grad_output
+    tensors.input = <void *>input
+    tensors.offset = <void *>offset
+    tensors.grad_offset = <void *>grad_offset
+    where.stream, where.device, where.blocks = <void *>stream, device, blocks
+    with nogil:
+        error = dcn_cuda_resample_backward(
+            &params, &tensors, &where, ordered, <void *>grad_input)
+    check(error, "resample_backward", "deform_resample2d")
+
+
+cdef int check(int error, name, op="deform_conv2d") except -1:
     if error:
         raise RuntimeError(
-            f"deform_conv2d: backend: the CUDA pass {name!r} failed; expected no error, got "
+            f"{op}: backend: the CUDA pass {name!r} failed; expected no error, got "
             f"{error_text(error)!r} (error {error}); CUDA_LAUNCH_BLOCKING=1 finds out which launch "
             "it was"
         )

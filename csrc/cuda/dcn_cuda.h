@@ -88,6 +88,47 @@ DCN_CUDA_API int dcn_cuda_gather(const dcn_params *, const dcn_cuda_chunk *,
                                  const int64_t *entries, const void *weights,
                                  const void *grad_columns, void *grad_input);
 
+/* ---- RoI pooling: for some RoIs of a call
+ *
+ *   forward    dcn_cuda_roi_touches, dcn_cuda_roi_pool
+ *   backward   dcn_cuda_roi_touches, dcn_cuda_roi_sums, dcn_cuda_roi_spread
+ *
+ * A RoI whose image number is not one of the batch gives NaN, as one with NaN coordinates does. */
+typedef struct {
+  int64_t first, count; /* RoIs */
+} dcn_cuda_rois;
+
+/* Bytes of `touches` for each RoI. */
+DCN_CUDA_API int64_t dcn_cuda_roi_bytes(const dcn_roi_params *);
+
+/* touches (8-byte aligned): the rows and columns that each bin's samples touch. Reads rois, offset. */
+DCN_CUDA_API int dcn_cuda_roi_touches(const dcn_roi_params *, const dcn_roi_tensors *,
+                                      const dcn_cuda_rois *, const dcn_cuda_launch *,
+                                      void *touches);
+
+/* The output of these RoIs. Reads input, rois, mask. */
+DCN_CUDA_API int dcn_cuda_roi_pool(const dcn_roi_params *, const dcn_roi_tensors *,
+                                   const dcn_cuda_rois *, const dcn_cuda_launch *, void *touches);
+
+/* grad_offset and grad_mask (where not null) of these RoIs. `sums` has room for three values of the
+ * arithmetic type for each bin and class. Reads input, rois, mask, grad_output. */
+DCN_CUDA_API int dcn_cuda_roi_sums(const dcn_roi_params *, const dcn_roi_tensors *,
+                                   const dcn_cuda_rois *, const dcn_cuda_launch *, void *touches,
+                                   void *sums);
+
+/* grad_input (arithmetic type, in the layout of the params, zeroed by the caller) += the share of these
+ * RoIs; with `ordered` one after the other, the same bits on every run. Reads rois, mask, grad_output. */
+DCN_CUDA_API int dcn_cuda_roi_spread(const dcn_roi_params *, const dcn_roi_tensors *,
+                                     const dcn_cuda_rois *, const dcn_cuda_launch *, void *touches,
+                                     int ordered, void *grad_input);
+
+/* ---- Resampling: one launch a direction; `ordered` and `grad_input` (may be null) as above. */
+DCN_CUDA_API int dcn_cuda_resample(const dcn_resample_params *, const dcn_resample_tensors *,
+                                   const dcn_cuda_launch *);
+DCN_CUDA_API int dcn_cuda_resample_backward(const dcn_resample_params *,
+                                            const dcn_resample_tensors *, const dcn_cuda_launch *,
+                                            int ordered, void *grad_input);
+
 /* What there is to run on. No call above needs these; they may initialise the driver. */
 typedef struct {
   int32_t error;           /* 0 or a cudaError_t of counting the devices */

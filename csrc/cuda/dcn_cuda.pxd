@@ -1,7 +1,10 @@
 # Cython's view of dcn_cuda.h.
 from libc.stdint cimport int32_t, int64_t
 
-from dcn_params cimport dcn_params, dcn_tensors
+from dcn_params cimport (
+    dcn_params, dcn_resample_params, dcn_resample_tensors, dcn_roi_params, dcn_roi_tensors,
+    dcn_tensors,
+)
 
 
 cdef extern from "dcn_cuda.h" nogil:
@@ -35,6 +38,28 @@ cdef extern from "dcn_cuda.h" nogil:
         const dcn_params *, const dcn_cuda_chunk *, const dcn_cuda_launch *, int wide,
         const void *keys, const int64_t *entries, const void *weights, const void *grad_columns,
         void *grad_input)
+
+    ctypedef struct dcn_cuda_rois:
+        int64_t first, count
+
+    int64_t dcn_cuda_roi_bytes(const dcn_roi_params *)
+    int dcn_cuda_roi_touches(
+        const dcn_roi_params *, const dcn_roi_tensors *, const dcn_cuda_rois *,
+        const dcn_cuda_launch *, void *touches)
+    int dcn_cuda_roi_pool(
+        const dcn_roi_params *, const dcn_roi_tensors *, const dcn_cuda_rois *,
+        const dcn_cuda_launch *, void *touches)
+    int dcn_cuda_roi_sums(
+        const dcn_roi_params *, const dcn_roi_tensors *, const dcn_cuda_rois *,
+        const dcn_cuda_launch *, void *touches, void *sums)
+    int dcn_cuda_roi_spread(
+        const dcn_roi_params *, const dcn_roi_tensors *, const dcn_cuda_rois *,
+        const dcn_cuda_launch *, void *touches, int ordered, void *grad_input)
+    int dcn_cuda_resample(
+        const dcn_resample_params *, const dcn_resample_tensors *, const dcn_cuda_launch *)
+    int dcn_cuda_resample_backward(
+        const dcn_resample_params *, const dcn_resample_tensors *, const dcn_cuda_launch *,
+        int ordered, void *grad_input)
 
     ctypedef struct dcn_cuda_state:
         int32_t error, driver, runtime, devices

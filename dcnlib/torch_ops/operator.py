@@ -234,7 +234,7 @@ class Operator:
         call = self._bound(self.operator, arguments, keywords)
         problem = self.problem(self.name, call, False, self._keeps_last(call))
         input = call["input"]
-        chosen = choose(self.name, call["backend"], input.device.type, self.functions[0])
+        chosen = choose(self.name, call["backend"], input.device.type)
         try:
             operands = self._operands(self.name, self.operands, call, problem)
             output = schemas.new_like(
@@ -250,7 +250,7 @@ class Operator:
         op, input = self.backward_name, call["input"]
         output_mask = self._wanted(call)
         problem = self.problem(op, call, False, self._keeps_last(call))
-        chosen = choose(op, call["backend"], input.device.type, self.functions[1])
+        chosen = choose(op, call["backend"], input.device.type)
         try:
             operands = self._operands(op, ("grad_output", *self.operands), call, problem)
             results = self._new_gradients(problem, input, output_mask)

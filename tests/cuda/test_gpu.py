@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import dcnlib
+import pools
 from dcnlib import testing
 from dcnlib.backends import cuda
 from dcnlib.testing import OUTPUTS, PROBLEMS, Geometry
@@ -179,3 +180,33 @@ def test_other_devices_are_left_alone():
     output = run(*leaves)
     assert torch.cuda.current_device() == 0 and output.device.index == 1
     assert torch.allclose(output.cpu(), run(*(t.cpu() for t in leaves)), atol=1e-4)
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["reductions", "ordered"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pooling_and_resampling(dtype, deterministic):
+    """Every bit is the reference's, in both layouts."""
+    torch = pytest.importorskip("torch")
+
+    def moved(array):
+        return torch.from_numpy(np.ascontiguousarray(array)).to("cuda", getattr(torch, dtype))
+
+    def same(array):
+        return torch.from_numpy(array).cuda()
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for seed in range(60):
+            layout = torch.channels_last if seed % 2 else torch.contiguous_format
+            pool, resample = pools.lattice_pool(seed), pools.lattice_resample(seed)
+            for call, on_gpu in ((pool, pool.map(moved, same)), (resample, resample.map(moved))):
+                is_pool = isinstance(call, pools.Pool)
+                expected = (pools.pool_oracle if is_pool else pools.resample_oracle)(call)
+                on_gpu = on_gpu._replace(input=on_gpu.input.contiguous(memory_format=layout))
+                for name, found in on_gpu.run().items():
+                    if found is not None:
+                        array = testing.to_numpy(found.cpu())
+                        testing.assert_equal({name: array}, {name: expected[name]}, seed)
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -24,8 +24,8 @@ RECORD = ROOT / "csrc/cuda/VERIFIED.json"
 
 def sources() -> dict[str, str]:
     """The sha256 of what the kernels are made of and of what launches them, by path."""
-    paths = [ROOT / "csrc/bilinear.h", ROOT / "csrc/dcn_params.h"]
-    for pattern in ("csrc/cuda/*.cu", "csrc/cuda/*.h", "dcnlib/backends/cuda/_p*.py"):
+    paths = [ROOT / f"csrc/{name}.h" for name in ("bilinear", "dcn_params", "roi_axis")]
+    for pattern in ("csrc/cuda/*.cu", "csrc/cuda/*.h", "dcnlib/backends/cuda/_[fp]*.py"):
         paths += ROOT.glob(pattern)
     return {
         path.relative_to(ROOT).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()

@@ -159,17 +159,14 @@ struct Region {
   /* Where a bin begins, moved by its offset; NaN if it is not anywhere. */
   void origin(const RoiPool<A> &r, const dcn_roi_tensors &t, int64_t roi, int64_t k, int64_t bin,
               double &origin_y, double &origin_x) const {
-    origin_y = y.start;
-    origin_x = x.start;
+    double move_x = 0, move_y = 0;
     if (t.offset) { /* the x plane, then the y plane */
       const int64_t at = (roi * r.p.classes + k) * 2 * r.parts + r.part_of(bin);
-      const double move_x = read_one<double>(t.offset, r.p.dtype, at);
-      const double move_y = read_one<double>(t.offset, r.p.dtype, at + r.parts);
-      origin_x += rounded_product(rounded_product(r.p.offset_scale, x.size), move_x);
-      origin_y += rounded_product(rounded_product(r.p.offset_scale, y.size), move_y);
+      move_x = read_one<double>(t.offset, r.p.dtype, at);
+      move_y = read_one<double>(t.offset, r.p.dtype, at + r.parts);
     }
-    origin_y += rounded_product((double)(bin / r.p.out_w), y.bin);
-    origin_x += rounded_product((double)(bin % r.p.out_w), x.bin);
+    origin_y = bin_origin(r.p, y, move_y, bin / r.p.out_w);
+    origin_x = bin_origin(r.p, x, move_x, bin % r.p.out_w);
   }
 };
 

@@ -4,6 +4,7 @@
     _settings.py   workspace and the like
     _plan.py       how a call is cut into waves of images and chunks of pixels: integers only
     _pipeline.py   runs the passes of csrc/cuda and torch's products over those chunks
+    _family.py     the same for RoI pooling and resampling, which have no products
 
 Importing this imports neither torch nor the driver. Operands are torch tensors on one CUDA device, in
 the shapes of `dcnlib.backends`, contiguous in the call's layout; with ``DCNLIB_CUDA_EMULATE=1`` CPU
@@ -15,7 +16,18 @@ from __future__ import annotations
 from . import _status
 from ._settings import Settings, current, settings
 
-__all__ = ["Settings", "backward", "forward", "name", "settings", "why_not"]
+__all__ = [
+    "Settings",
+    "backward",
+    "forward",
+    "name",
+    "resample_backward",
+    "resample_forward",
+    "roi_pool_backward",
+    "roi_pool_forward",
+    "settings",
+    "why_not",
+]
 
 name = "cuda"
 
@@ -44,3 +56,31 @@ def backward(problem, grad_output, input, offset, weight, mask, grads) -> None:
     from . import _pipeline
 
     _pipeline.backward(problem, grad_output, input, offset, weight, mask, grads)
+
+
+def roi_pool_forward(problem, input, rois, offset, mask, output) -> None:
+    """Fill `output` on its device's current stream."""
+    from . import _family
+
+    _family.roi_pool_forward(problem, input, rois, offset, mask, output)
+
+
+def roi_pool_backward(problem, grad_output, input, rois, offset, mask, grads) -> None:
+    """Fill the wanted `grads` on their device's current stream."""
+    from . import _family
+
+    _family.roi_pool_backward(problem, grad_output, input, rois, offset, mask, grads)
+
+
+def resample_forward(problem, input, offset, output) -> None:
+    """Fill `output` on its device's current stream."""
+    from . import _family
+
+    _family.resample_forward(problem, input, offset, output)
+
+
+def resample_backward(problem, grad_output, input, offset, grads) -> None:
+    """Fill the wanted `grads` on their device's current stream."""
+    from . import _family
+
+    _family.resample_backward(problem, grad_output, input, offset, grads)

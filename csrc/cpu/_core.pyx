@@ -14,8 +14,8 @@ from libc.string cimport memset
 
 from dcn_cpu cimport *
 from dcn_params cimport (
-    dcn_resample_params, dcn_resample_tensors, dcn_roi_params, dcn_roi_tensors,
-    fill_resample_params, fill_roi_params,
+    dcn_params, dcn_resample_params, dcn_resample_tensors, dcn_roi_params, dcn_roi_tensors,
+    dcn_tensors, fill_params, fill_resample_params, fill_roi_params,
 )
 
 cdef extern from "<stdlib.h>" nogil:
@@ -247,27 +247,6 @@ cdef list names(const dcn_cpu_kernels *const *tables):
         found.append(tables[i].isa.decode())
         i += 1
     return found
-
-
-cdef int fill_params(problem, dcn_params *params) except -1:
-    (
-        params.batch, params.in_channels, params.in_h, params.in_w,
-        params.out_channels, params.kernel_h, params.kernel_w, params.out_h, params.out_w,
-        params.stride_h, params.stride_w, params.pad_top, params.pad_left,
-        params.dilation_h, params.dilation_w, params.groups, params.offset_groups,
-        dtype, _, _, _, channels_last,
-    ) = problem
-    params.dtype = DTYPES[dtype]
-    params.layout = DCN_NHWC if channels_last else DCN_NCHW
-    return 0
-
-
-DTYPES = {
-    "float32": DCN_FLOAT32,
-    "float64": DCN_FLOAT64,
-    "float16": DCN_FLOAT16,
-    "bfloat16": DCN_BFLOAT16,
-}
 
 
 cdef void *address(operand, bint write) except? NULL:

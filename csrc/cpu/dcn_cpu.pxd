@@ -1,34 +1,7 @@
-# Cython's view of dcn_params.h, dcn_cpu.h and threads.h.
-from libc.stdint cimport int32_t, int64_t
+# Cython's view of dcn_cpu.h and threads.h.
+from libc.stdint cimport int64_t
 
-
-cdef extern from "dcn_params.h" nogil:
-    enum:
-        DCN_FLOAT32, DCN_FLOAT64, DCN_FLOAT16, DCN_BFLOAT16
-        DCN_NCHW, DCN_NHWC
-
-    ctypedef struct dcn_params:
-        int64_t batch, in_channels, in_h, in_w
-        int64_t out_channels, kernel_h, kernel_w, out_h, out_w
-        int64_t stride_h, stride_w
-        int64_t pad_top, pad_left
-        int64_t dilation_h, dilation_w
-        int64_t groups, offset_groups
-        int32_t dtype, layout
-
-    ctypedef struct dcn_tensors:
-        const void *input
-        const void *offset
-        const void *weight
-        const void *bias
-        const void *mask
-        void *output
-        const void *grad_output
-        void *grad_input
-        void *grad_offset
-        void *grad_weight
-        void *grad_bias
-        void *grad_mask
+from dcn_params cimport dcn_params, dcn_tensors
 
 
 cdef extern from "dcn_cpu.h" nogil:

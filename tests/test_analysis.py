@@ -199,6 +199,12 @@ ZERO = np.zeros((18, 5, 5))
         ((ZERO,), {"mask": np.zeros((8, 5, 5))}, ValueError, r"mask: must fit the offset"),
         ((ZERO,), {"mask": 1.0}, TypeError, r"mask: unknown kind"),
         ((ZERO,), {"in_size": 5}, ValueError, r"in_size: must be a pair"),
+        ((ZERO,), {"in_size": (5, 5)}, ValueError, r"in_size: must give an output .*7 x 7, got \(5, 5\)"),
+        (
+            (ZERO,), {"in_size": (10, 12), "stride": 2}, ValueError,
+            r"in_size: must give an output .*\[11, 12\] x \[11, 12\], got",
+        ),
+        ((ZERO + 1j,), {}, TypeError, r"offset: must be real numbers"),
         ((ZERO,), {"input": ZERO}, ValueError, r"input: goes with a module"),
         (([layer(np.zeros((9, 2)))],), {"mask": ZERO}, ValueError, r"mask: goes with an offset"),
         (
@@ -209,6 +215,7 @@ ZERO = np.zeros((18, 5, 5))
             "name the layers",
         ),
         (([layer(np.zeros((9, 2)))],), {"layers": ["x"]}, ValueError, r"layers: no such layer"),
+        (([layer(np.zeros((9, 2)))],), {"layers": "ab"}, TypeError, r"layers: must be names"),
         (([layer(np.zeros((9, 2)))] * 6,), {}, ValueError, r"position: too many locations"),
     ],
 )  # fmt: skip

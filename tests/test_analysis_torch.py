@@ -200,6 +200,101 @@ class TestRecording:
         assert not x.requires_grad
 
 
+class Predicting(torch.nn.Module):
+    """A deformable layer as users build it: predictors beside it, their outputs taken apart."""
+
+    def __init__(self, style, stride=1):
+        super().__init__()
+        self.style, self.stride = style, stride
+        self.first = torch.nn.Conv2d(2, 27, 3, stride, 1)
+        self.second = torch.nn.Conv2d(27, 27, 1)
+        self.weight = torch.nn.Parameter(torch.randn(2, 2, 3, 3))
+
+    def forward(self, x):
+        predicted = self.first(x)
+        if self.style == "two layers":
+            predicted = self.second(predicted.relu())
+        y, x_, mask = predicted.chunk(3, 1)
+        if self.style == "written in place":
+            offset = torch.zeros_like(predicted[:, :18])
+            offset[:] = predicted[:, :18]
+        else:
+            offset = torch.cat([y, x_], 1).clamp(-4, 4)
+        mask = mask.sigmoid() if self.style != "no mask" else None
+        return dcnlib.deform_conv2d(
+            x, offset, self.weight, stride=self.stride, padding=1, mask=mask
+        )
+
+
+class Branches(torch.nn.Module):
+    """Two layers of one map, then one of their sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.narrow = dnn.DeformConv2dPack(2, 2, 3, padding=1)
+        self.wide = dnn.DeformConv2dPack(2, 2, 3, padding=2, dilation=2)
+        self.last = dnn.DeformConv2dPack(2, 2, 3, padding=1)
+
+    def forward(self, x):
+        return self.last(self.narrow(x) + self.wide(input=x)) + x
+
+
+class TestGraph:
+    @pytest.mark.parametrize("stride", [1, 2])
+    @pytest.mark.parametrize("style", ["cat", "two layers", "written in place", "no mask"])
+    def test_predictors_of_other_code_are_not_followed(self, style, stride):
+        model = torch.nn.Sequential(torch.nn.Conv2d(2, 2, 3, padding=1), Predicting(style, stride))
+        layers = analysis.record_layers(model, torch.randn(1, 2, 12, 12))
+        assert [layer.name for layer in layers] == ["0", "1"]
+        seen = analysis.sampling_locations(layers, (2, 3), plain_taps=True)
+        assert seen.locations.shape == (1, 81, 2)
+
+    def test_what_layers_read(self):
+        narrow, wide, last = analysis.record_layers(Branches(), torch.randn(1, 2, 9, 9))
+        assert narrow.reads == wide.reads == frozenset()
+        assert {"narrow", "wide"} <= last.reads
+
+    def test_branches_are_no_chain(self):
+        model, x = Branches(), torch.randn(1, 2, 9, 9)
+        with pytest.raises(ValueError, match="'wide' does not read what 'narrow' makes"):
+            analysis.sampling_locations(model, (4, 4), input=x)
+        with pytest.raises(ValueError, match="another branch; name the layers"):
+            analysis.sampling_locations(analysis.record_layers(model, x), (4, 4))
+        seen = analysis.sampling_locations(model, (4, 4), input=x, layers=["wide", "last"])
+        np.testing.assert_array_equal(seen.locations[0, 0], [1, 1])
+        assert len(analysis.offset_statistics(model, input=x)) == 3
+
+    def test_arguments_by_keyword(self):
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.plain = torch.nn.Conv2d(2, 2, 3)
+                self.moving = dnn.DeformConv2dPack(2, 2, 3)
+
+            def forward(self, image):
+                return self.moving(input=self.plain(input=image))
+
+        layers = analysis.record_layers(Model(), torch.randn(1, 2, 9, 9))
+        assert [layer.reads for layer in layers] == [frozenset(), frozenset({"plain"})]
+
+    def test_no_images(self):
+        seen = analysis.sampling_locations(stack(), (1, 1), input=image(0))
+        assert seen.locations.shape == (0, 162, 2)
+        assert seen.weight.shape == (0, 162)
+
+    def test_unknown_ways_are_trusted(self):
+        class Detour(torch.nn.Module):
+            def forward(self, x):
+                return torch.from_numpy(x.numpy().copy())
+
+        model = torch.nn.Sequential(
+            dnn.DeformConv2dPack(2, 2, 3), Detour(), dnn.DeformConv2dPack(2, 2, 3)
+        )
+        x = torch.randn(1, 2, 9, 9)
+        assert analysis.record_layers(model, x)[1].reads is None
+        assert analysis.sampling_locations(model, (2, 2), input=x).locations.shape == (1, 81, 2)
+
+
 class TestReceptiveField:
     def ones(self, layers, stride=1):
         model = torch.nn.Sequential(
@@ -251,6 +346,13 @@ class TestReceptiveField:
         ]
         exact = analysis.effective_receptive_field(model, x, (1, 1)).magnitude
         np.testing.assert_allclose(exact**2, np.mean(np.square(each), 0), rtol=1e-12, atol=1e-18)
+
+    @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+    def test_positions_of_any_kind(self, kind):
+        model, x = stack(), image(1)
+        expected = analysis.effective_receptive_field(model, x, (1, 2)).magnitude
+        seen = analysis.effective_receptive_field(model, x, kind([1, 2])).magnitude
+        np.testing.assert_array_equal(seen, expected)
 
     def test_projections(self):
         wide = torch.nn.Conv2d(1, 64, 3, padding=1).double()
@@ -532,6 +634,15 @@ CONV = torch.nn.Conv2d(2, 3, 3, padding=1).double()
             "effective_receptive_field", (torch.nn.Flatten(), image(), (0, 0)), {}, ValueError,
             "position: the response has no height and width",
         ),
+        (
+            "effective_receptive_field", (CONV, image().long(), (0, 0)), {}, TypeError,
+            r"input: must have gradients; expected a floating-point dtype, got torch\.int64",
+        ),
+        (
+            "error_bounded_saliency", (CONV, image(1).long(), (0, 0)), {}, TypeError,
+            "input: must have gradients",
+        ),
+        ("sampling_locations", (stack(),), {"input": 3}, TypeError, "input: unknown kind"),
         (
             "effective_sampling_locations", (CONV, image(), (0, 0)), {}, ValueError,
             "model: needs a deformable layer",

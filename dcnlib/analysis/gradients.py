@@ -155,7 +155,7 @@ def effective_receptive_field(
            [0., 0., 0., 0.]])
     """
     op = "effective_receptive_field"
-    inputs = as_inputs(op, input)
+    inputs = as_inputs(op, input, differentiable=True)
     with torch.inference_mode(False), torch.enable_grad():
         image, response, _ = _run(op, model, inputs, position, channel, layer)
         (total,) = _mean_squares(op, response, [image], projections, seed)
@@ -209,7 +209,7 @@ def effective_sampling_locations(
     9
     """
     op = "effective_sampling_locations"
-    inputs = as_inputs(op, input)
+    inputs = as_inputs(op, input, differentiable=True)
     with torch.inference_mode(False), torch.enable_grad():
         _, response, calls = _run(op, model, inputs, position, channel, layer)
         calls = _of_kind(op, calls, "conv", "layer", "deform_conv2d")
@@ -267,7 +267,7 @@ def effective_bin_locations(
     [[[[False, False], [True, False]]]]
     """
     op = "effective_bin_locations"
-    inputs = as_inputs(op, input)
+    inputs = as_inputs(op, input, differentiable=True)
     with torch.inference_mode(False), torch.enable_grad():
         _, response, calls = _run(op, model, inputs, position, channel, layer)
         calls = _of_kind(op, calls, "roi", "RoI pooling", "deform_roi_pool or deform_psroi_pool")
@@ -386,6 +386,8 @@ def response_at(op: str, output: Tensor, position: Any, channel: Any) -> Tensor:
                 op, "layer", "must give a map or a vector", "(N, O) or (N, O, OH, OW)",
                 tuple(output.shape),
             )  # fmt: skip
+        if isinstance(position, np.ndarray | Tensor):
+            position = position.tolist()
         if not isinstance(position, tuple | list) or len(position) != 2:
             raise value_error(op, "position", "needed for a map", "(row, column)", repr(position))
         place = [integer(op, "position", index, 0) for index in position]

@@ -36,6 +36,8 @@ class Layer:
     offset : array of shape (N, offset_groups, KH*KW, 2, out_h, out_w), or None
         (y, x) of every tap in pixels of the input map; None for a plain convolution or pooling.
     mask : array of shape (N, offset_groups, KH*KW, out_h, out_w), or None
+    reads : frozenset of str, or None
+        Names of the layers that its input was made from, near and far; None if that is unknown.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Layer:
     out_size: tuple[int, int]
     offset: np.ndarray | None = None
     mask: np.ndarray | None = None
+    reads: frozenset[str] | None = None
 
     @property
     def grid(self) -> np.ndarray:
@@ -145,7 +148,7 @@ def sampling_locations(
         What the module is called with; needed for a module, refused otherwise.
     layers : sequence of str, optional
         Names of the layers to follow, where a model is no chain of layers. None follows all
-        convolutions and poolings that are modules, except those that predict offsets.
+        convolutions and poolings that are modules, except those that only predict offsets or masks.
     plain_taps : bool
         Whether to follow each tap of plain convolutions and poolings too. By default these only
         move locations to the middle of their windows, so that taps of deformable layers are seen.
@@ -182,7 +185,7 @@ def sampling_locations(
     stack, batched = as_layers(
         op, layer_or_offset, input, layers, kernel_size, stride, padding, dilation, mask, in_size
     )
-    check_chain(op, stack)
+    _check_chain(op, stack, named=layers is not None)
     start, lead = _start(op, stack[-1].out_size, position)
     images = {len(layer.offset) for layer in stack if layer.offset is not None} or {1}
     if len(images) > 1:
@@ -191,7 +194,8 @@ def sampling_locations(
         )
     (n,) = images
     followed = [layer for layer in stack if plain_taps or layer.offset is not None]
-    points = n * len(start) * math.prod(map(_fan_out, followed))
+    each = math.prod(map(_fan_out, followed))
+    points = n * len(start) * each
     if points > _LARGEST:
         raise value_error(
             op,
@@ -206,8 +210,8 @@ def sampling_locations(
     weight = np.ones(at.shape[:2])
     for layer in reversed(stack):
         at, weight = _step(layer, at, weight, plain_taps)
-    at = at.reshape(n, *lead, -1, 2)
-    weight = weight.reshape(n, *lead, -1)
+    at = at.reshape(n, *lead, each, 2)
+    weight = weight.reshape(n, *lead, each)
     if alone and not batched:
         return SamplingLocations(at[0], weight[0])
     return SamplingLocations(at, weight)
@@ -303,7 +307,8 @@ def _step(
         if layer.mask is not None:
             weight = weight * _between(layer.mask.reshape(n, taps, *layer.out_size), at)
     weight = np.where(_inside(reads, layer.in_size), weight, 0.0)
-    return reads.reshape(n, -1, 2), weight.reshape(n, -1)
+    samples = m * reads.shape[2]
+    return reads.reshape(n, samples, 2), weight.reshape(n, samples)
 
 
 def _between(field: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -356,16 +361,17 @@ def _start(op: str, size: tuple[int, int], position: Any) -> tuple[np.ndarray, t
     return start.reshape(-1, 2), start.shape[:-1]
 
 
-def check_chain(op: str, stack: Sequence[Layer]) -> None:
-    """Each layer must read a map as large as the one before makes."""
+def _check_chain(op: str, stack: Sequence[Layer], named: bool) -> None:
+    """Each layer must read a map as large as the one before makes, and unless named, that one."""
     for below, above in itertools.pairwise(stack):
-        if below.out_size != above.in_size:
+        branch = not named and above.reads is not None and below.name not in above.reads
+        if branch or below.out_size != above.in_size:
             raise value_error(
                 op,
                 "layers",
                 f"{above.name!r} does not read what {below.name!r} makes",
                 f"a map of {below.out_size}",
-                above.in_size,
+                "one of another branch" if branch else above.in_size,
                 "name the layers that follow each other with layers=",
             )
 
@@ -389,9 +395,9 @@ def as_layers(
     if _is_instance(source, "torch.nn", "Module"):
         if input is None:
             raise value_error(op, "input", "a module is run on it", "a tensor", None)
-        from .recording import record_layers
+        from .recording import recorded
 
-        stack = record_layers(source, input)
+        stack = recorded(op, source, input)
     else:
         if input is not None:
             raise value_error(op, "input", "goes with a module", "None for layers", _kind(input))
@@ -405,6 +411,8 @@ def as_layers(
                 _kind(source),
             )
     if names is not None:
+        if isinstance(names, str):
+            raise type_error(op, "layers", "must be names", "a list of str", repr(names))
         found = {layer.name: layer for layer in stack}
         for name in names:
             if name not in found:
@@ -432,6 +440,8 @@ def _from_offset(
     dilation = pair(op, "dilation", dilation)
     sides = four_sides(op, padding, kernel, stride, dilation)
     offset, taps = to_numpy(offset), math.prod(kernel)
+    if offset.dtype.kind in "cOSUMm":
+        raise type_error(op, "offset", "must be real numbers", "float64 or the like", offset.dtype)
     if offset.ndim not in (3, 4) or offset.shape[-3] % (2 * taps) or 0 in offset.shape[-3:]:
         raise value_error(
             op,
@@ -451,14 +461,24 @@ def _from_offset(
         if mask.shape not in (expected, expected[1:]):
             raise value_error(op, "mask", "must fit the offset", expected, mask.shape)
         mask = mask.reshape(n, groups, taps, *out)
+    largest = [
+        out[a] * stride[a] + dilation[a] * (kernel[a] - 1) - sides[2 * a] - sides[2 * a + 1]
+        for a in (0, 1)
+    ]
     if in_size is None:
-        in_size = [
-            out[a] * stride[a] + dilation[a] * (kernel[a] - 1) - sides[2 * a] - sides[2 * a + 1]
-            for a in (0, 1)
-        ]
+        in_size = largest
     elif not isinstance(in_size, list | tuple) or len(in_size) != 2:
         raise value_error(op, "in_size", "must be a pair", "(height, width)", repr(in_size))
     height, width = (integer(op, "in_size", size, 1) for size in in_size)
+    if not all(0 <= largest[a] - (height, width)[a] < stride[a] for a in (0, 1)):
+        ranges = " x ".join(
+            f"{last}" if step == 1 else f"[{last - step + 1}, {last}]"
+            for last, step in zip(largest, stride, strict=True)
+        )
+        raise value_error(
+            op, "in_size", "must give an output as large as that of the offset", ranges,
+            (height, width), "check kernel_size, stride, padding and dilation",
+        )  # fmt: skip
     return Layer(
         "", kernel, stride, (sides[0], sides[2]), dilation, (height, width), (out[0], out[1]),
         offset.reshape(n, groups, taps, 2, *out), mask,

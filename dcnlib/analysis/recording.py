@@ -7,15 +7,16 @@ of this package, `record_layers` for users.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import torch_ops  # noqa: F401  (registers the operators, before anything is watched)
 from .._problem import four_sides, pair, type_error, value_error
@@ -41,9 +42,9 @@ def record_layers(model: nn.Module, input: Tensor | tuple[Tensor, ...]) -> list[
     list of Layer
         All calls of ``deform_conv2d``, dcnlib's or torchvision's, and of ``deform_resample2d``, by
         functions or modules, named after the innermost module that called; and all ``Conv2d``,
-        ``MaxPool2d`` and ``AvgPool2d`` modules but those that predict offsets. A module's second call is
-        named ``name:2``. Resampling is one tap and an offset group for each channel, its offsets
-        limited to the image as its ``boundary`` says.
+        ``MaxPool2d`` and ``AvgPool2d`` modules but those that only predict offsets or masks. A
+        module's second call is named ``name:2``. Resampling is one tap and an offset group for each
+        channel, its offsets limited to the image as its ``boundary`` says.
 
     Raises
     ------
@@ -63,8 +64,14 @@ def record_layers(model: nn.Module, input: Tensor | tuple[Tensor, ...]) -> list[
     >>> [layer.name for layer in analysis.record_layers(model, torch.zeros(1, 3, 8, 8))]
     ['0', '1']
     """
-    with torch.no_grad(), watch("record_layers", model) as calls:
-        model(*as_inputs("record_layers", input))
+    return recorded("record_layers", model, input)
+
+
+def recorded(op: str, model: nn.Module, input: Any) -> list[Layer]:
+    """`record_layers` for the function `op`."""
+    inputs = as_inputs(op, input)
+    with torch.no_grad(), watch(op, model) as calls:
+        model(*inputs)
     return layers_of(calls)
 
 
@@ -77,14 +84,18 @@ class Call:
     arguments: dict[str, Any]
     output: Tensor
     plain: nn.Module | None = field(default=None, repr=False)
+    #: Indices of the calls that its input was made from, and its offset and mask; None: not known.
+    reads: frozenset[int] | None = None
+    predicted_by: frozenset[int] = frozenset()
 
     @property
     def offset(self) -> Tensor:
         return self.arguments["offset"]
 
-    def layer(self) -> Layer:
+    def layer(self, reads: frozenset[str] | None = None) -> Layer:
         """The call without torch, for one that is a convolution or a pooling."""
-        return _plain_layer(self) if self.plain is not None else _deformable_layer(self)
+        layer = _plain_layer(self) if self.plain is not None else _deformable_layer(self)
+        return replace(layer, reads=reads)
 
 
 @contextmanager
@@ -93,27 +104,16 @@ def watch(op: str, model: nn.Module) -> Iterator[list[Call]]:
     if not isinstance(model, nn.Module):
         raise type_error(op, "model", "unknown kind", "a torch.nn.Module", type(model).__name__)
     calls: list[Call] = []
-    active: list[str] = []
+    seen = _Watch(calls)
     training = [(module, module.training) for module in model.modules()]
     handles = []
-
-    def enter(name: str):
-        return lambda module, inputs: active.append(name)
-
-    def leave(name: str):
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            active.pop()
-            if isinstance(module, _PLAIN) and isinstance(output, Tensor):
-                calls.append(Call(name, "plain", {"input": inputs[0]}, output, module))
-
-        return hook
-
     try:
         model.eval()
         for name, module in model.named_modules():
-            handles.append(module.register_forward_pre_hook(enter(name)))
-            handles.append(module.register_forward_hook(leave(name), always_call=True))
-        with _Watch(calls, active):
+            enter, leave = seen.enter(name), seen.leave(name)
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True, always_call=True))
+        with seen:
             yield calls
     finally:
         for handle in handles:
@@ -124,21 +124,34 @@ def watch(op: str, model: nn.Module) -> Iterator[list[Call]]:
 
 
 class _Watch(TorchFunctionMode):
-    """Sees every operator before autograd does."""
+    """Sees every operator before autograd does, and follows which calls a tensor was made from."""
 
-    def __init__(self, calls: list[Call], active: list[str]) -> None:
+    def __init__(self, calls: list[Call]) -> None:
         super().__init__()
-        self.calls, self.active = calls, active
+        self.calls = calls
+        self.active: list[str] = []
+        self.made_from = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = str(func).removesuffix(".default")
-        if name not in (*_CONVOLUTIONS, *_POOLINGS):
-            return func(*args, **kwargs)
+        sources = self._sources(args, kwargs)
+        if name in (*_CONVOLUTIONS, *_POOLINGS):
+            output = self._deformable(name, func, args, kwargs)
+            sources |= {len(self.calls) - 1}
+        else:
+            output = func(*args, **kwargs)
+        # What returns nothing, as `x[i] = y`, writes into its first argument.
+        for tensor in _tensors(args[:1] if output is None else output):
+            self.made_from[tensor] = sources
+        return output
+
+    def _deformable(self, name: str, func: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         schema = getattr(func, "default", func)._schema
         arguments = {argument.name: argument.default_value for argument in schema.arguments}
         arguments |= dict(zip(arguments, args, strict=False)) | kwargs
         kind = "conv" if name in _CONVOLUTIONS else "roi"
+        predicted_by = self._sources(arguments["offset"], arguments.get("mask"))
         if kind == "roi":
             arguments["offset"] = _offset_of_bins(arguments)
             if "part_size" in arguments:
@@ -147,8 +160,49 @@ class _Watch(TorchFunctionMode):
         if torch.is_grad_enabled() and not offset.requires_grad:
             arguments["offset"] = offset.detach().requires_grad_()  # a constant has no gradient
         output = func(**arguments)
-        self.calls.append(Call(self.active[-1] if self.active else "", kind, arguments, output))
+        reads = self.made_from.get(arguments["input"])
+        call = Call(self.active[-1] if self.active else "", kind, arguments, output)
+        call.reads, call.predicted_by = reads, predicted_by
+        self.calls.append(call)
         return output
+
+    def enter(self, name: str) -> Callable[..., None]:
+        """A hook before the forward pass of the module called `name`."""
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self.active:  # the model
+                self.made_from.update((tensor, frozenset()) for tensor in _tensors((args, kwargs)))
+            self.active.append(name)
+
+        return hook
+
+    def leave(self, name: str) -> Callable[..., None]:
+        """A hook behind it."""
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.active.pop()
+            if isinstance(module, _PLAIN) and isinstance(output, Tensor):
+                input = args[0] if args else kwargs["input"]
+                reads = self.made_from.get(input)
+                self.made_from[output] = self._sources(output) | {len(self.calls)}
+                self.calls.append(Call(name, "plain", {"input": input}, output, module, reads))
+
+        return hook
+
+    def _sources(self, *values: Any) -> frozenset[int]:
+        """The calls that any tensor within the values was made from."""
+        known = (self.made_from.get(tensor, ()) for tensor in _tensors(values))
+        return frozenset().union(*known)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
 def _offset_of_bins(arguments: dict[str, Any]) -> Tensor:
@@ -174,13 +228,15 @@ def _number(calls: list[Call]) -> None:
 
 
 def layers_of(calls: list[Call]) -> list[Layer]:
-    """The calls as layers, less the convolutions that predict offsets."""
-    predicted = {call.offset.untyped_storage().data_ptr() for call in calls if call.kind == "conv"}
+    """The calls as layers, less those of plain modules that only predict offsets or masks."""
+    predictors: set[int] = set()
+    for call in calls:
+        if call.kind == "conv":
+            predictors |= call.predicted_by - (call.reads or frozenset())
     return [
-        call.layer()
-        for call in calls
-        if call.kind == "conv"
-        or (call.kind == "plain" and call.output.untyped_storage().data_ptr() not in predicted)
+        call.layer(None if call.reads is None else frozenset(calls[i].name for i in call.reads))
+        for i, call in enumerate(calls)
+        if call.kind == "conv" or (call.kind == "plain" and i not in predictors)
     ]
 
 
@@ -235,7 +291,7 @@ def _plain_layer(call: Call) -> Layer:
     return Layer(call.name, kernel, stride, (top, left), dilation, *sizes)
 
 
-def as_inputs(op: str, input: Any) -> tuple[Tensor, ...]:
+def as_inputs(op: str, input: Any, differentiable: bool = False) -> tuple[Tensor, ...]:
     """What the model is called with, the image first."""
     inputs = tuple(input) if isinstance(input, tuple | list) else (input,)
     if not inputs or not isinstance(inputs[0], Tensor):
@@ -249,4 +305,9 @@ def as_inputs(op: str, input: Any) -> tuple[Tensor, ...]:
             "shape (N, C, H, W) or (C, H, W)",
             tuple(inputs[0].shape),
         )
+    if differentiable and not inputs[0].is_floating_point():
+        raise type_error(
+            op, "input", "must have gradients", "a floating-point dtype", inputs[0].dtype,
+            "give the model .float() images, scaled as in its training",
+        )  # fmt: skip
     return inputs

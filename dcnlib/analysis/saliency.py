@@ -135,7 +135,7 @@ def error_bounded_saliency(
     9
     """
     bound = _bound(bound)
-    inputs = as_inputs(_OP, input)
+    inputs = as_inputs(_OP, input, differentiable=True)
     image = inputs[0].detach()
     image = image[None] if image.ndim == 3 else image
     if len(image) != 1:

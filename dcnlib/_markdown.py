@@ -14,18 +14,20 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def find_block(path: str | Path, name: str) -> tuple[str, str]:
+    """The file's text to the end of ``<!-- name: begin ... -->`` and from ``<!-- name: end -->``."""
+    marks = rf"(.*<!-- {name}: begin[^\n]*\n).*?(<!-- {name}: end -->.*)"
+    text = Path(path).read_text(encoding="utf-8")
+    count = len(re.findall(rf"<!-- {name}: (?:begin|end)", text))
+    found = re.fullmatch(marks, text, re.DOTALL)
+    if count != 2 or found is None:
+        raise ValueError(
+            f"{path}: needs one block from '<!-- {name}: begin' to '<!-- {name}: end -->'"
+        )
+    return found[1], found[2]
+
+
 def write_block(path: str | Path, name: str, text: str) -> None:
     """Put `text` between ``<!-- name: begin ... -->`` and ``<!-- name: end -->`` of a file."""
-    path = Path(path)
-    new, count = re.subn(
-        rf"(<!-- {name}: begin[^\n]*\n).*?(<!-- {name}: end -->)",
-        lambda match: f"{match[1]}\n{text}\n\n{match[2]}",
-        path.read_text(encoding="utf-8"),
-        flags=re.DOTALL,
-    )
-    if count != 1:
-        raise ValueError(
-            f"{path}: needs one block from '<!-- {name}: begin' to '<!-- {name}: end -->'; "
-            f"expected 1, got {count}"
-        )
-    path.write_text(new, encoding="utf-8")
+    before, after = find_block(path, name)
+    Path(path).write_text(f"{before}\n{text}\n\n{after}", encoding="utf-8")

@@ -1,6 +1,9 @@
 """`python -m dcnlib info` and `bench`: reports for people and for programs."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -159,6 +162,12 @@ class TestBench:
         assert "old" not in text
         assert text.count("depthwise") == 1
 
+    def test_write_is_checked_before_anything_is_measured(self, capsys, monkeypatch, tmp_path):
+        monkeypatch.setattr(_bench, "bench", lambda rounds: pytest.fail("measured"))
+        status, out, err = run(capsys, "bench", "--write", str(tmp_path / "none.md"))
+        assert (status, out) == (1, "")
+        assert "none.md" in err
+
     def test_write_needs_one_block(self, tmp_path):
         page = tmp_path / "page.md"
         block = "<!-- speed table: begin -->\n<!-- speed table: end -->\n"
@@ -182,6 +191,33 @@ def test_errors_are_one_line(capsys, arguments, words):
     assert err.startswith("dcnlib: ")
     assert words in err
     assert err.count("\n") == 1
+
+
+class TestOutput:
+    """In a process of its own, whose stdout is what users have."""
+
+    CODE = (
+        "import sys, dcnlib._info; from dcnlib.__main__ import main; "
+        "dcnlib._info.cpu_model = lambda: 'Prozessor für Züge' + sys.argv[1]; "
+        "raise SystemExit(main(['info']))"
+    )
+
+    def test_letters_that_the_terminal_has_not(self):
+        child = isolated.python(self.CODE, "", PYTHONIOENCODING="ascii")
+        assert (child.returncode, child.stderr) == (0, "")
+        assert "Prozessor f?r Z?ge" in child.stdout
+
+    @pytest.mark.parametrize("size", [0, 100_000], ids=["buffered", "long"])
+    def test_a_reader_that_has_left(self, size):
+        """As of `| head -1`: it ends, quietly."""
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(writer, "wb") as stdout:
+            child = subprocess.run(
+                [sys.executable, "-c", self.CODE, size * "!"], env=isolated.environment(),
+                stdout=stdout, stderr=subprocess.PIPE, text=True, check=False,
+            )  # fmt: skip
+        assert (child.returncode, child.stderr) == (1, "")
 
 
 @pytest.mark.parametrize(

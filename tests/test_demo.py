@@ -95,6 +95,30 @@ class TestMissing:
         assert err.count("\n") == 1
 
 
+@needs_everything
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--output", "{file}"], "exists"),
+        (["--write", "{folder}/none.md"], "none.md"),
+        (["--write", "{file}"], "needs one block"),
+        (["--seed", "-1"], "demo: seed: must be in [0, 2147483647]"),
+        (["--seed", "99999999999999999999"], "demo: seed: must be in [0, 2147483647]"),
+    ],
+)
+def test_arguments_are_checked_before_training(capsys, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "deformed_digits", lambda *_: pytest.fail("begun"))
+    file = tmp_path / "page.md"
+    file.touch()
+    arguments = [text.format(file=file, folder=tmp_path) for text in arguments]
+    assert __main__.main(["demo", "--quick", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("dcnlib: ")
+    assert words in err
+
+
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     """Exit status, output and folder of a quick run."""

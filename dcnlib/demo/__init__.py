@@ -8,6 +8,7 @@ plain with one more layer, and with two deformable layers (`networks`). A table 
 from __future__ import annotations
 
 import importlib.util
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 from .._info import summary
 from .._markdown import table
+from .._problem import integer
 from .digits import PACKAGE, deformed_digits
 
 
@@ -39,6 +41,11 @@ _BAR = "{desc:<28} {percentage:3.0f} % |{bar}| {n_fmt}/{total_fmt} steps, {remai
 def run(size: str = "default", output: str | Path = "demo-output", seed: int = 0) -> list:
     """Train, print, draw; the results of all runs (`networks.Result`)."""
     _require("torch", "tqdm", "matplotlib", "safetensors")
+    seed = integer("demo", "seed", seed, 0)
+    path = Path(output) / "demo.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"demo: output: {path.parent} cannot be written to")
     import torch
     from tqdm import tqdm
 
@@ -67,8 +74,6 @@ def run(size: str = "default", output: str | Path = "demo-output", seed: int = 0
                 results.append(networks.train(name, data, epochs, number, advance))
     print("\n" + text(results))
 
-    path = Path(output) / "demo.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.draw(results, data[1], path)
     print(f"\nfigure: {path.resolve()}\n")
 

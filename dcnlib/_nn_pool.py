@@ -6,7 +6,8 @@ import math
 
 from torch import Tensor, nn
 
-from ._problem import integer, pair, real, value_error
+from ._nn_input import check_input
+from ._problem import integer, pair, real
 from ._problem_pool import samples
 from .pooling import deform_psroi_pool, deform_roi_pool
 
@@ -159,14 +160,7 @@ class DeformRoIPoolPack(DeformRoIPool):
 
     def _plain(self, input: Tensor, rois: Tensor) -> Tensor:
         """The features that predictions are made from, (R, output_channels * PH * PW)."""
-        if input.dim() == 4 and input.shape[1] != self.output_channels:
-            raise value_error(
-                _OP,
-                "input",
-                "must have output_channels channels",
-                self.output_channels,
-                input.shape[1],
-            )
+        check_input(_OP, input, self.output_channels, "output_channels", unbatched=False)
         return super().forward(input, rois).flatten(1)
 
     def _offset(self, features: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from ._nn_input import check_input
 from ._problem import integer, pair
 from ._problem_resample import boundary_name
 from .resample import deform_resample2d
@@ -78,6 +79,7 @@ class ConvOffset2D(nn.Module):
         -------
         Tensor in the shape of `input`
         """
+        check_input(_OP, input, self.in_channels)
         return deform_resample2d(input, self.conv_offset(input), boundary=self.boundary)
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import torch_ops  # noqa: F401  (registers the operators, before anything is traced)
+from ._nn_input import check_input
 from ._nn_pool import (
     DeformPSRoIPool,
     DeformRoIPool,
@@ -261,6 +262,7 @@ class DeformConv2dPack(DeformConv2d):
         return self._convolve(input, self._predict(input), None, self.deform_groups)
 
     def _predict(self, input: Tensor) -> Tensor:
+        check_input(_OP, input, self.in_channels)
         if len(self.padding) == 4:
             top, bottom, left, right = self.padding
             input = nn.functional.pad(input, (left, right, top, bottom))
@@ -394,6 +396,10 @@ def freeze(module: Module) -> Module:
     >>> model[0].weight.requires_grad, model[0].bias.requires_grad
     (False, True)
     """
+    if not isinstance(module, nn.Module):
+        raise type_error(
+            "freeze", "module", "must be a module", "torch.nn.Module", type(module).__name__
+        )
     for layer in module.modules():
         weight = dict(layer.named_parameters(recurse=False)).get("weight")
         if isinstance(layer, DeformConv2d) and weight is not None:

@@ -17,6 +17,7 @@ PREDICTORS = (
     "conv_offset_mask",
     "offset_conv",
     "mask_conv",
+    "modulator_conv",
     "offset_generator",
     "mask_generator",
 )
@@ -70,9 +71,13 @@ def offset_param_groups(
     for name, rate in rates.items():
         if rate < 0:
             raise value_error(_OP, name, "must not be negative", "0 or more", rate)
-    if isinstance(predictors, str):
-        raise type_error(_OP, "predictors", "must be names", "a list of str", "str")
+    if isinstance(predictors, str) or not isinstance(predictors, Iterable):
+        raise type_error(
+            _OP, "predictors", "must be names", "a list of str", type(predictors).__name__
+        )
     names, groups = frozenset(predictors), ([], [])
+    if not all(isinstance(name, str) for name in names):
+        raise type_error(_OP, "predictors", "must be names", "a list of str", predictors)
     for name, parameter in model.named_parameters():
         groups[not names.isdisjoint(name.split(".")[:-1])].append(parameter)
     if not groups[1]:

@@ -104,14 +104,26 @@ def test_what_is_skipped():
     class Derived(standins.ModulatedDeformConv2d):
         pass
 
-    hooked = LAYERS["v1"]()
+    hooked, saved, watched, patched = (LAYERS["v1"]() for _ in range(4))
     hooked.register_forward_hook(lambda *_: None)
-    model = torch.nn.Sequential(Derived(1, 1, 3), hooked, torch.nn.Conv2d(1, 1, 1))
+    watched.register_state_dict_post_hook(lambda *_: None)
+    saved.register_buffer("steps", torch.zeros(1))
+    patched.forward = lambda x, offset: x
+    plain = torch.nn.Conv2d(1, 1, 1)
+    model = torch.nn.Sequential(Derived(1, 1, 3), hooked, watched, saved, patched, plain)
     before = list(model)
     report = convert.replace_modules(model)
     assert not report.replaced and list(model) == before
-    assert [name for name, _ in report.skipped] == ["0", "1"]
-    assert "Derived is derived from" in str(report) and "has hooks" in str(report)
+    assert report.skipped == (
+        (
+            "0",
+            "test_what_is_skipped.<locals>.Derived is derived from a known layer and may do more",
+        ),
+        ("1", "it has hooks, which would be lost"),
+        ("2", "it has hooks, which would be lost"),
+        ("3", "it has buffers, which would be lost"),
+        ("4", "it has a forward of its own, which would be lost"),
+    )
 
 
 def test_messages_of_models():
@@ -123,6 +135,8 @@ def test_messages_of_models():
         TypeError, match=r"convert.equivalent: layer: no deformable layer of another"
     ):
         convert.equivalent(dcnlib.nn.DeformConv2d(1, 1, 1))
+    with pytest.raises(TypeError, match=r"convert.state_dict: state_dict: must be a mapping"):
+        convert.state_dict(torch.nn.Conv2d(1, 1, 1))
 
 
 def test_keys():

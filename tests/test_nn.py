@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -283,3 +284,26 @@ def test_bad_arguments(changes, error, text):
         with pytest.raises(error) as raised:
             layer(**usual | changes)
         assert str(raised.value).startswith(f"deform_conv2d: {text}")
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "text"),
+    [
+        (torch.zeros(1, 5, 9, 9), ValueError, "must have in_channels channels; expected 4, got 5"),
+        (torch.zeros(4, 9), ValueError, "must be images; expected (N, C, H, W) or (C, H, W), got"),
+        (torch.zeros(1, 1, 4, 9, 9), ValueError, "must be images; expected (N, C, H, W)"),
+        (np.zeros((1, 4, 9, 9)), TypeError, "must be a tensor; expected torch.Tensor, got numpy."),
+    ],
+    ids=["channels", "matrix", "video", "array"],
+)
+def test_bad_input_is_not_blamed_on_the_predictor(x, error, text):
+    layers = [pack(4, 6, 3) for pack in PACKS] + [dcnlib.nn.ConvOffset2D(4)]
+    for layer in layers:
+        with pytest.raises(error) as raised:
+            layer(x)
+        assert re.match(rf"deform_(conv|resample)2d: input: {re.escape(text)}", str(raised.value))
+
+
+def test_freeze_takes_a_module():
+    with pytest.raises(TypeError, match="freeze: module: must be a module"):
+        dcnlib.nn.freeze([])

@@ -166,6 +166,11 @@ def test_saved_and_shown(layer):
             ValueError,
             "deform_roi_pool: input: must have output_channels channels; expected 4, got 3",
         ),
+        (
+            lambda: pack(DeformRoIPoolPack)(images()[0], regions()),
+            ValueError,
+            "deform_roi_pool: input: must be images; expected ",
+        ),
     ],
 )
 def test_messages(make, error, text):

@@ -78,6 +78,7 @@ def test_messages(given, error, text):
         optim.offset_param_groups(*given)
 
 
-def test_one_string_is_no_list_of_names():
+@pytest.mark.parametrize("given", ["conv_offset", None, [1]])
+def test_predictors_are_a_list_of_names(given):
     with pytest.raises(TypeError, match="predictors: must be names"):
-        optim.offset_param_groups(model(), 0.1, predictors="conv_offset")
+        optim.offset_param_groups(model(), 0.1, predictors=given)

@@ -69,8 +69,8 @@ def replace_modules(model: nn.Module, *, prove: bool = True) -> Replacements:
     Returns
     -------
     Replacements
-        ``replaced``, ``skipped`` and ``largest_difference``. Skipped are layers with hooks and those
-        of derived classes, since these may do more than the layers they are made of.
+        ``replaced``, ``skipped`` and ``largest_difference``. Skipped are layers of derived classes and
+        those with hooks, buffers or a ``forward`` of their own, since these may do more.
 
     Raises
     ------
@@ -196,6 +196,12 @@ def state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     ['dcn.weight', 'dcn.conv_offset.bias']
     """
 
+    if not isinstance(state_dict, Mapping):
+        raise type_error(
+            "convert.state_dict", "state_dict", "must be a mapping", "dict", type(state_dict).__name__,
+            "a module has it as .state_dict()",
+        )  # fmt: skip
+
     def today(key: str) -> str:
         layer, _, parameter = key.rpartition(".")
         before, _, name = layer.rpartition(".")
@@ -265,9 +271,13 @@ def _kind(layer: nn.Module) -> str | None:
 def _why_not(layer: nn.Module) -> str | None:
     if f"{type(layer).__module__.partition('.')[0]}.{type(layer).__name__}" not in _SUCCESSORS:
         return f"{type(layer).__qualname__} is derived from a known layer and may do more"
-    hooks = (name for name in vars(layer) if name.endswith("_hooks") and "state_dict" not in name)
+    hooks = (name for name in vars(layer) if name.endswith("_hooks"))
     if any(getattr(layer, name) for name in hooks):
         return "it has hooks, which would be lost"
+    if layer._buffers:
+        return "it has buffers, which would be lost"
+    if "forward" in vars(layer):
+        return "it has a forward of its own, which would be lost"
     return None
 
 

@@ -325,7 +325,12 @@ LIMITED_API = {
 }
 CPU = Extension(
     "dcnlib.backends.cpu._core",
-    ["csrc/cpu/_core.pyx", "csrc/cpu/dispatch.cpp", "csrc/cpu/threads.cpp"],
+    [
+        "csrc/cpu/_core.pyx",
+        "csrc/cpu/dispatch.cpp",
+        "csrc/cpu/threads.cpp",
+        "csrc/cpu/workspace.cpp",
+    ],
     include_dirs=["csrc", "csrc/cpu"],
     depends=[str(path.relative_to(ROOT)) for path in cpu_sources()],
     language="c++",

@@ -78,6 +78,7 @@ def peak(case: tuple[str, dict, int]) -> dict[str, int]:
     def backward() -> None:
         cpu.backward(problem, call.grad_output, *arrays, call.mask, grads, num_threads=num_threads)
 
+    cpu._core.keep_workspace(0)
     small = testing.real(testing.PROBLEMS["plain"], 0)
     small.run("cpu")
     for array in (output, *grads):
@@ -120,6 +121,24 @@ def growth(calls: int) -> int:
     return sizes[1] - sizes[0]
 
 
+def kept(_: None) -> dict[str, list[int]]:
+    """Of a usual and a large call: pages new to a later one, without and with memory kept; bytes kept."""
+    large = testing.real(testing.Geometry(1, 2, 1200, 1200, 2, (1, 1)), 0).astype("float32")
+    found = {}
+    for name, call in (("usual", large_call()), ("large", large)):
+        found[name] = []
+        for keep in (0, 64 * MIB):
+            cpu._core.keep_workspace(keep)
+            call.backward("cpu")
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            call.backward("cpu")
+            found[name].append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        before = status("VmRSS")
+        cpu._core.keep_workspace(0)
+        found[name].append(before - status("VmRSS"))
+    return found
+
+
 # ---- no memory, no threads ---------------------------------------------------------------------
 
 
@@ -130,6 +149,7 @@ def large_call() -> testing.Call:
 
 def little_memory(num_threads: int) -> dict[str, int]:
     """Calls under ever less tight limits: how many fail and how many are right."""
+    cpu._core.keep_workspace(0)
     dcnlib.set_num_threads(num_threads)
     call = large_call()
     expected = digest(call.run("cpu"))
@@ -187,6 +207,7 @@ def failing_allocation(case: tuple[str, int]) -> dict[str, int]:
     """Fail the first, second, ... allocation of a few calls, through the allocator in `library`."""
     library, threads = case
     allocator = ctypes.CDLL(library)
+    cpu._core.keep_workspace(0)
     dcnlib.set_num_threads(threads)
     counts = {"MemoryError": 0, "right": 0}
     calls = [testing.random_lattice(seed).astype("float32") for seed in range(8)]
@@ -219,8 +240,9 @@ def _digest(results) -> str:
     return digest({str(i): array for i, array in enumerate(arrays)})
 
 
-def fingerprints(_: None) -> str:
-    """All named problems in all dtypes and directions: the same whatever fresh memory holds."""
+def fingerprints(keep: int) -> str:
+    """All named problems in all dtypes and directions: the same whatever memory holds."""
+    cpu._core.keep_workspace(keep)
     total = hashlib.sha256()
     for name, geometry in testing.PROBLEMS.items():
         for dtype in ("float32", "float64", "float16"):

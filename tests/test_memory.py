@@ -85,6 +85,16 @@ def test_nothing_is_lost():
     assert answer["result"] < MIB
 
 
+def test_workspace_is_kept():
+    """One block for the next call, but none of more than 64 MB."""
+    environment = {"MALLOC_MMAP_THRESHOLD_": "1048576"}  # what is freed leaves the process
+    (answer,) = isolated.outcomes("faults", "kept", [None], **environment)
+    without, with_block, bytes_kept = answer["result"]["usual"]
+    assert with_block < without - 500 and 2 * MIB < bytes_kept < 64 * MIB
+    *_, bytes_kept = answer["result"]["large"]
+    assert bytes_kept < MIB
+
+
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_little_memory(num_threads):
     """MemoryError or the right result under any limit, and the right result afterwards."""
@@ -162,10 +172,10 @@ def test_every_allocation_may_fail(num_threads, tmp_path):
 
 
 def test_fresh_memory_does_not_matter():
-    """The same bytes whatever malloc's memory holds before it is written."""
+    """The same bytes whatever malloc's memory, or the last call's, holds before it is written."""
     answers = [
-        isolated.outcomes("faults", "fingerprints", [None], MALLOC_PERTURB_=filling)[0]
-        for filling in ("0", "1", "127", "255")
+        isolated.outcomes("faults", "fingerprints", [keep], MALLOC_PERTURB_=filling)[0]
+        for filling, keep in (("0", 0), ("1", 0), ("127", 0), ("255", 0), ("255", 64 * MIB))
     ]
     assert len({answer["result"] for answer in answers}) == 1
 

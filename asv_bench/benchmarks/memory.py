@@ -12,6 +12,7 @@ what is missing still. What is left is an error of 16 kB; less than 128 kB reads
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,12 +39,16 @@ def why_not() -> str | None:
 
 @cache
 def settle() -> None:
-    """Once in a process, early: small pages only, and the C library's allocator as above."""
+    """Once in a process, early: small pages only, the C library's allocator as above, and no
+    workspace that dcnlib keeps between calls."""
     libc = ctypes.CDLL(None)
     libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a huge page counts 2 MB for one byte
     if hasattr(libc, "mallopt"):
         for option, value in _ALLOCATOR.values():
             libc.mallopt(option, value)
+    core = importlib.import_module("dcnlib.backends.cpu")._core
+    if hasattr(core, "keep_workspace"):  # not in older commits
+        core.keep_workspace(0)
 
 
 def extra_bytes(call: Callable[[], object], readings: int = 8) -> int:

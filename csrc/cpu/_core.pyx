@@ -57,6 +57,11 @@ def isa() -> str:
     return kernels.isa.decode()
 
 
+def keep_workspace(bytes: int) -> None:
+    """Keep at most so many bytes of memory between calls; 0: none."""
+    dcn_workspace_keep(bytes)
+
+
 def use(name: str) -> None:
     """Take a usable instruction set for all later calls."""
     global kernels
@@ -291,7 +296,7 @@ cdef int execute(
                 run_team(kernel, &call, threads)
             else:
                 run_alone(kernel, &call)
-            free(memory)
+            dcn_workspace_give(memory)
     if memory == NULL:
         op = kernel.name.decode()
         if kernel == &kernels.deform_conv2d and tensors.offset == NULL:
@@ -312,9 +317,8 @@ cdef int execute(
 
 cdef void *workspace(const dcn_cpu_plan *plan, int threads, size_t *bytes) noexcept nogil:
     # What the call shares, then the scratch of each thread; NULL if there is no memory.
-    cdef void *memory = NULL
     bytes[0] = scratch_at(plan, threads) + LINE
-    return memory if posix_memalign(&memory, LINE, bytes[0]) == 0 else NULL
+    return dcn_workspace_take(bytes[0])
 
 
 cdef inline size_t scratch_at(const dcn_cpu_plan *plan, int thread) noexcept nogil:

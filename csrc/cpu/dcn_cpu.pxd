@@ -1,4 +1,4 @@
-# Cython's view of dcn_cpu.h and threads.h.
+# Cython's view of dcn_cpu.h, threads.h and workspace.h.
 from libc.stdint cimport int64_t
 
 from dcn_params cimport dcn_params, dcn_tensors
@@ -49,3 +49,8 @@ cdef extern from "threads.h" nogil:
     int dcn_threads_allowed(int wanted)
     int dcn_threads_possible(int wanted)
     int dcn_threads_openmp()
+
+cdef extern from "workspace.h" nogil:
+    void *dcn_workspace_take(size_t bytes)
+    void dcn_workspace_give(void *memory)
+    void dcn_workspace_keep(size_t bytes)

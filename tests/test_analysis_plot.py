@@ -38,6 +38,16 @@ class TestImage:
         image = torch.arange(12.0, requires_grad=True).reshape(1, 3, 4)
         assert plot.draw_image(ax, image).get_array()[2, 3, 0] == 1
 
+    def test_picture_with_opacity(self, ax):
+        """As files in PNG often are; the fourth channel is not shown."""
+        picture = np.random.default_rng(0).integers(0, 255, (7, 5, 4), np.uint8)
+        picture[..., :2] = 0, 255  # the range
+        shown = plot.draw_image(ax, picture).get_array()
+        np.testing.assert_allclose(shown, picture[..., :3] / 255)
+
+    def test_lists(self, ax):
+        assert plot.draw_image(ax, [[0, 1, 2]]).get_array().shape == (1, 3, 3)
+
     @pytest.mark.parametrize("shape", [(5,), (2, 3, 4, 5), (0, 4)])
     def test_errors(self, ax, shape):
         with pytest.raises(ValueError, match=r"^draw_image: image: unknown shape"):
@@ -60,9 +70,17 @@ class TestLocations:
     def test_nothing_to_draw(self, ax):
         assert len(plot.draw_locations(ax, np.zeros((3, 2)), np.zeros(3)).get_offsets()) == 0
 
-    def test_errors(self, ax):
-        with pytest.raises(ValueError, match=r"^draw_locations: weight: one for each location"):
-            plot.draw_locations(ax, np.zeros((3, 2)), np.ones(2))
+    @pytest.mark.parametrize(
+        ("arguments", "error", "text"),
+        [
+            ((np.zeros((3, 2)), np.ones(2)), ValueError, "weight: one for each location"),
+            ((np.zeros((4, 3)),), ValueError, r"locations: unknown shape; .* got \(4, 3\)"),
+            ((object(),), TypeError, "locations: unknown kind; .* got object"),
+        ],
+    )
+    def test_errors(self, ax, arguments, error, text):
+        with pytest.raises(error, match=f"^draw_locations: {text}"):
+            plot.draw_locations(ax, *arguments)
 
 
 def test_receptive_field(ax):
@@ -70,6 +88,9 @@ def test_receptive_field(ax):
     np.testing.assert_allclose(veil.get_array()[0, :, 3], [0, 0.5, 1])
     np.testing.assert_array_equal(veil.get_array()[0, 0, :3], [1, 0, 0])
     assert (plot.draw_receptive_field(ax, np.zeros((2, 2))).get_array()[..., 3] == 0).all()
+    assert plot.draw_receptive_field(ax, np.ones((1, 2, 3))).get_array().shape == (2, 3, 4)
+    with pytest.raises(ValueError, match=r"^draw_receptive_field: magnitude: must be of one image"):
+        plot.draw_receptive_field(ax, np.ones((2, 2, 3)))
 
 
 def test_saliency(ax):
@@ -84,6 +105,11 @@ def test_saliency(ax):
         ((-0.5, 0.5), (0.5, 0.5)), ((0.5, 0.5), (1.5, 0.5)),
         ((-0.5, -0.5), (-0.5, 0.5)), ((1.5, -0.5), (1.5, 0.5)),
     }  # fmt: skip
+
+
+def test_saliency_of_another_image(ax):
+    with pytest.raises(ValueError, match=r"^draw_saliency: mask: must fit the image; .*\(2, 3\)"):
+        plot.draw_saliency(ax, np.zeros((2, 3)), np.ones((3, 2), bool))
 
 
 def test_statistics(ax):

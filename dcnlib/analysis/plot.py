@@ -15,7 +15,7 @@ from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_rgb
 from matplotlib.image import AxesImage
 
-from .._problem import value_error
+from .._problem import type_error, value_error
 from .locations import OffsetStatistics, SamplingLocations, to_numpy
 
 #: Ink, light lines, and the colours of plain and of deformable things.
@@ -28,7 +28,7 @@ def draw_image(ax: Axes, image: Any, fade: float = 0.0) -> AxesImage:
     Parameters
     ----------
     ax : matplotlib Axes
-    image : array or tensor (H, W), (H, W, 3), (C, H, W) or (1, C, H, W)
+    image : array or tensor (H, W), (H, W, 3), (C, H, W) or (1, C, H, W); array (H, W, 4)
         Stretched from its smallest to its largest value; one channel is shown in grey, the first
         three of several in colour.
     fade : float
@@ -68,7 +68,15 @@ def draw_locations(
     """
     if isinstance(locations, SamplingLocations):
         locations, weight = locations.locations, locations.weight
-    at = np.asarray(locations, np.float64).reshape(-1, 2)
+    expected = "SamplingLocations or an array of shape (..., 2)"
+    try:
+        at = np.asarray(locations, np.float64)
+    except TypeError:
+        got = type(locations).__name__
+        raise type_error("draw_locations", "locations", "unknown kind", expected, got) from None
+    if at.shape[-1:] != (2,):
+        raise value_error("draw_locations", "locations", "unknown shape", expected, at.shape)
+    at = at.reshape(-1, 2)
     strength = np.ones(len(at)) if weight is None else np.asarray(weight, np.float64).ravel()
     if len(strength) != len(at):
         raise value_error(
@@ -91,7 +99,7 @@ def draw_receptive_field(
     Parameters
     ----------
     ax : matplotlib Axes
-    magnitude : array of shape (H, W)
+    magnitude : array of shape (H, W) or (1, H, W)
         Of an `EffectiveReceptiveField`.
     colour : str
     gamma : float
@@ -102,6 +110,13 @@ def draw_receptive_field(
     AxesImage
         RGBA; the opacity is the last channel.
     """
+    if magnitude.ndim == 3 and len(magnitude) == 1:
+        magnitude = magnitude[0]
+    if magnitude.ndim != 2 or not magnitude.size:
+        raise value_error(
+            "draw_receptive_field", "magnitude", "must be of one image", "(H, W) or (1, H, W)",
+            magnitude.shape,
+        )  # fmt: skip
     largest = magnitude.max()
     veil = np.empty((*magnitude.shape, 4))
     veil[..., :3] = to_rgb(colour)
@@ -131,6 +146,10 @@ def draw_saliency(
     """
     shown = draw_image(ax, image)
     pixels = np.asarray(shown.get_array())
+    if np.shape(mask) != pixels.shape[:2]:
+        raise value_error(
+            "draw_saliency", "mask", "must fit the image", pixels.shape[:2], np.shape(mask)
+        )
     shown.set_data(np.where(mask[..., None], pixels, pixels * (1 - fade) + fade))
     padded = np.pad(mask, 1)
     segments = []
@@ -178,17 +197,19 @@ def draw_statistics(ax: Axes, statistics: Sequence[OffsetStatistics]) -> LineCol
 
 def _as_rgb(image: Any) -> np.ndarray:
     """(H, W, 3) in [0, 1]."""
-    pixels = to_numpy(image).astype(np.float64)
+    tensor = hasattr(image, "detach")
+    pixels = to_numpy(image if tensor else np.asarray(image)).astype(np.float64)
     if pixels.ndim == 4 and len(pixels) == 1:
         pixels = pixels[0]
+    colours_last = (3,) if tensor or pixels.shape[:1] <= (4,) else (3, 4)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    elif pixels.ndim == 3 and pixels.shape[-1] != 3:
+    elif pixels.ndim == 3 and pixels.shape[-1] not in colours_last:
         pixels = np.moveaxis(pixels, 0, -1)
     if pixels.ndim != 3 or not pixels.size:
         raise value_error(
             "draw_image", "image", "unknown shape", "(H, W), (H, W, 3), (C, H, W) or (1, C, H, W)",
-            tuple(image.shape),
+            np.shape(image),
         )  # fmt: skip
     pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].repeat(3, -1)
     low, high = pixels.min(), pixels.max()

@@ -3,7 +3,8 @@
 Programs written for mmcv run with the import changed, on a CPU too, and load its checkpoints. Values
 are mmcv's, initial ones as well, and so is the offset's gradient: 0 where a sample lies exactly at
 row or column -1, as all those beside the image do in an untrained layer with padding 1. (The rest of
-`dcnlib` has the right-hand derivative there, as torchvision.) Unlike mmcv nothing is cast silently.
+`dcnlib` has the right-hand derivative there, as torchvision, and so have modules that
+``torch.jit.trace`` made.) Unlike mmcv nothing is cast silently.
 """
 
 from __future__ import annotations
@@ -424,7 +425,8 @@ def _convolve(
         )
     )  # fmt: skip
     tensors = isinstance(offset, Tensor) and isinstance(weight, Tensor) and weight.dim() == 4
-    if tensors and autograd._may_record((offset,)):
+    # A trace is checked without gradients, and would then be another one.
+    if tensors and autograd._may_record((offset,)) and not torch.jit.is_tracing():
         offset = _held_at_the_border(offset, weight.shape[2:], stride, padding, dilation)
     return _deform_conv2d(
         input, offset, weight, bias, stride, padding, dilation, mask,

@@ -189,6 +189,14 @@ def fall(rise):
     return torch.stack([0 * rise, rise, rise])
 
 
+def test_traced():
+    """By people who forget no_grad, too: torch checks what it has traced without gradients."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 6, 7)
+    for layer in (mmcv.DeformConv2dPack(2, 3, 3), mmcv.ModulatedDeformConv2dPack(2, 3, 3)):
+        torch.testing.assert_close(torch.jit.trace(layer, x)(x), layer(x), rtol=0, atol=0)
+
+
 def test_pooling_is_ours():
     assert mmcv.DeformRoIPool is dcnlib.nn.DeformRoIPool
     x, rois = torch.randn(1, 3, 9, 9), torch.tensor([[0, 1.0, 1.0, 7.0, 6.0]])

@@ -568,6 +568,18 @@ class TestSaliency:
         expected[2:5, 4:7] = True
         np.testing.assert_array_equal(exact.mask, expected)
 
+    @pytest.mark.parametrize("seed", [11, 38])
+    def test_weak_pixels_come_before_those_that_do_not_matter(self, seed):
+        rng = np.random.default_rng(seed)
+        layer = torch.nn.Conv2d(1, 1, 3, padding=1).double()
+        with torch.no_grad():
+            layer.weight[0, 0] = torch.from_numpy(rng.uniform(-0.3, 0.3, (3, 3)))
+            layer.weight[0, 0, 1, 2] = 3e-3
+            layer.bias[0] = 0.1
+        x = torch.from_numpy(rng.random((1, 8, 8)) + 1)
+        found = analysis.error_bounded_saliency(layer, x, (4, 4), bound=1e-9, cell=1, baseline=0.0)
+        assert found.mask.sum() == 9
+
     def test_steps_make_it_smaller(self):
         """What the optimisation is for: the errors of the family fall faster."""
         model, x = small(), image(1)

@@ -116,6 +116,23 @@ class TestRecording:
         (seen, _) = analysis.effective_sampling_locations(model["twice"], (x, offset), (3, 4))
         assert seen.magnitude[0, 0, 0, 3, 4] > 0  # of an offset that is a constant
 
+    def test_operators_with_one_number_for_all_axes(self):
+        """As torch takes it for a list."""
+        operators = torch.ops.dcnlib
+
+        class Model(torch.nn.Module):
+            def forward(self, x, rois):
+                y = operators.deform_conv2d(
+                    x, x.new_zeros(1, 2, 4, 4), x.new_ones(3, 2, 1, 1), stride=2, padding=1
+                )
+                return operators.deform_roi_pool(y, rois, None, 2)
+
+        inputs = torch.randn(1, 2, 6, 6), torch.tensor([[0.0, 0, 0, 4, 4]])
+        (layer,) = analysis.record_layers(Model(), inputs)
+        assert (layer.stride, layer.padding, layer.dilation) == ((2, 2), (1, 1), (1, 1))
+        (bins,) = analysis.effective_bin_locations(Model(), inputs, (0, 0))
+        assert bins.magnitude.shape == (1, 1, 2, 2)
+
     def test_torchvision(self, torchvision_operator):
         model, x = Torchvision(), torch.randn(1, 2, 9, 9)
         (layer,) = analysis.record_layers(model, x)  # and not its predictor

@@ -7,7 +7,7 @@ of this package, `record_layers` for users.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import torch_ops  # noqa: F401  (registers the operators, before anything is watched)
-from .._problem import four_sides, pair, type_error, value_error
+from .._problem import four_sides, type_error, value_error
 from .locations import Layer, to_numpy
 
 _CONVOLUTIONS = ("dcnlib.deform_conv2d", "torchvision.deform_conv2d", "dcnlib.deform_resample2d")
@@ -207,7 +207,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _offset_of_bins(arguments: dict[str, Any]) -> Tensor:
     """One offset for every bin: zeros where there was none, copies where bins share a part."""
-    rows, columns = pair("", "", list(arguments["output_size"]))
+    rows, columns = _numbers(arguments["output_size"], 2)
     offset = arguments["offset"]
     if offset is None:
         input = arguments["input"]
@@ -252,11 +252,8 @@ def _deformable_layer(call: Call) -> Layer:
         top_left = (given["pad_h"], given["pad_w"])
         mask = mask if given["use_mask"] else None
     else:
-        stride, dilation = (
-            pair("", "", list(given["stride"])),
-            pair("", "", list(given["dilation"])),
-        )
-        top, _, left, _ = given["padding"]
+        stride, dilation = (_numbers(given[key], 2) for key in ("stride", "dilation"))
+        top, _, left, _ = _numbers(given["padding"], 4)
         top_left = (top, left)
     taps = kernel[0] * kernel[1]
     out = tuple(offset.shape[-2:])
@@ -266,6 +263,11 @@ def _deformable_layer(call: Call) -> Layer:
         to_numpy(offset).reshape(-1, groups, taps, 2, *out),
         None if mask is None else to_numpy(mask).reshape(-1, groups, taps, *out),
     )  # fmt: skip
+
+
+def _numbers(value: int | Sequence[int], count: int) -> tuple[int, ...]:
+    """torch's operators and modules take one number for all axes."""
+    return (value,) * count if isinstance(value, int) else tuple(value)
 
 
 def _resampling_layer(call: Call) -> Layer:
@@ -281,11 +283,9 @@ def _resampling_layer(call: Call) -> Layer:
 
 def _plain_layer(call: Call) -> Layer:
     module: Any = call.plain
-    kernel, dilation = (
-        pair("", "", module.kernel_size),
-        pair("", "", getattr(module, "dilation", 1)),
+    kernel, stride, dilation = (
+        _numbers(getattr(module, name, 1), 2) for name in ("kernel_size", "stride", "dilation")
     )
-    stride = pair("", "", module.stride)
     top, _, left, _ = four_sides("", module.padding, kernel, stride, dilation)
     sizes = (tuple(tensor.shape[-2:]) for tensor in (call.arguments["input"], call.output))
     return Layer(call.name, kernel, stride, (top, left), dilation, *sizes)

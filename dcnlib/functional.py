@@ -1,7 +1,7 @@
 """The public functions: one docstring, one set of checks, two doors.
 
 NumPy arrays are checked here, made contiguous and handed to a backend; torch tensors go to
-``torch.ops.dcnlib``, where torch's dispatcher adds autograd and finds the device.
+`dcnlib.torch_ops`, which adds autograd, by torch's dispatcher or, in the plain case, past it.
 """
 
 from __future__ import annotations

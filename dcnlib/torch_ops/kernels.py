@@ -32,15 +32,15 @@ from .schemas import (
 
 def register() -> None:
     for device in ("CPU", "CUDA"):
-        LIBRARY.impl(FORWARD, _forward, device)
-        LIBRARY.impl(BACKWARD, _backward, device)
+        LIBRARY.impl(FORWARD, forward, device)
+        LIBRARY.impl(BACKWARD, backward, device)
     # Every other device, and sparse, quantized and nested tensors, which count as devices.
     for key in ("CompositeExplicitAutograd", "NestedTensorCPU", "NestedTensorCUDA"):
         LIBRARY.impl(FORWARD, _no_forward, key)
         LIBRARY.impl(BACKWARD, _no_backward, key)
 
 
-def _forward(
+def forward(
     input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1),
     mask=None, groups=None, offset_groups=None, backend=None,
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def _forward(
     return output
 
 
-def _backward(
+def backward(
     grad_output, input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0, 0, 0),
     dilation=(1, 1), mask=None, groups=None, offset_groups=None, backend=None,
     output_mask=(True, True, True, True, True),

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._C import _AutoDispatchBelowAutograd
 from torch.autograd.function import _SingleLevelFunction
 
 from .. import _config
@@ -67,10 +66,10 @@ class Operator:
             operator: [(a.name, a.default_value) for a in operator._schema.arguments]
             for operator in (self.operator, self.backward_operator)
         }
-        # Where the tensors that autograd looks at stand in a call.
-        self._places = self._places_of(self.operator, self.differentiable)
+        # Where the tensors stand in a call.
+        self._places = self._places_of(self.operator, self.tensors)
         self._backward_places = self._places_of(
-            self.backward_operator, ("grad_output", *self.differentiable)
+            self.backward_operator, ("grad_output", *self.tensors)
         )
         self._remembered = lru_cache(maxsize=256)(self._describe)
 
@@ -113,17 +112,21 @@ class Operator:
 
     def __call__(self, *arguments: Any) -> Tensor:
         """The operator; every argument in order."""
-        if autograd._may_record([arguments[i] for i in self._places]):
-            return self.operator(*arguments)
-        with _AutoDispatchBelowAutograd():
-            return self.operator(*arguments)
+        return self._shortest(self.operator, self._run, self._places, arguments)
 
     def backward(self, *arguments: Any) -> tuple[Tensor, ...]:
         """The backward operator; every argument in order."""
-        if autograd._may_record([arguments[i] for i in self._backward_places]):
-            return self.backward_operator(*arguments)
-        with _AutoDispatchBelowAutograd():
-            return self.backward_operator(*arguments)
+        return self._shortest(
+            self.backward_operator, self._run_backward, self._backward_places, arguments
+        )
+
+    @staticmethod
+    def _shortest(operator, run, places, arguments):
+        """A call by the dispatcher, or past it where that finds `run` and nothing else."""
+        tensors = [arguments[i] for i in places]
+        if autograd._may_record(tensors) or not autograd._is_plain(tensors):
+            return operator(*arguments)
+        return run(*arguments)
 
     def problem(
         self, op: str, call: Call, symbolic: bool = True, channels_last: bool = False

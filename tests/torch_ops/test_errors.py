@@ -255,9 +255,9 @@ def test_cuda_tensors_without_cuda(op):
     arguments = [request[name] for name in ("input", "offset", "weight", "bias")]
     sides = [1, 1, 2, 2]
     arguments += [request["stride"], sides, request["dilation"], request["mask"]]
-    kernel = kernels._forward
+    kernel = kernels.forward
     if op.endswith("backward"):
-        kernel = kernels._backward
+        kernel = kernels.backward
         arguments.insert(0, request["grad_output"])
     text = f"{op}: backend: 'cuda' cannot run on cuda: {dcnlib.backends()['cuda'].reason}"
     with pytest.raises(RuntimeError, match=re.escape(text)):

@@ -1,5 +1,6 @@
 """What torch does with a call besides calling it: vmap, autocast, compile, export, formats."""
 
+import contextlib
 import itertools
 import threading
 
@@ -13,6 +14,7 @@ import dcnlib  # noqa: E402
 import torch_calls  # noqa: E402
 from dcnlib import nn, testing  # noqa: E402
 from dcnlib.testing import PROBLEMS, Geometry  # noqa: E402
+from dcnlib.torch_ops import autograd  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
 
@@ -460,6 +462,65 @@ def test_dispatch_modes_see_the_operator():
         torch_calls.function(call)(*leaves).backward(call.grad_output)
     names = [name for name in record.seen if name.startswith("dcnlib")]
     assert names == ["dcnlib.deform_conv2d.default"] * 2 + ["dcnlib.deform_conv2d_backward.default"]
+
+
+def _function_mode(names):
+    class Record(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    return Record()
+
+
+@contextlib.contextmanager
+def _profile(names):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        yield
+    names += [event.key.replace("::", ".") for event in profile.key_averages()]
+
+
+@pytest.mark.parametrize("listen", [_function_mode, _profile])
+def test_who_listens_hears_of_a_call(listen):
+    """Eager calls of plain tensors take a way of their own if nobody does."""
+    call = torch_calls.smooth(torch_calls.SMALL["v2"])
+    names = []
+    with listen(names):
+        call.forward()
+    assert sum("dcnlib.deform_conv2d" in name for name in names) == 1
+
+
+NOT_PLAIN = {
+    "sparse": lambda plain: plain.to_sparse(),
+    "mkldnn": lambda plain: plain.to_mkldnn(),
+    "negated": torch._neg_view,
+    "zero": lambda plain: torch._efficientzerotensor(plain.shape),
+    "functional": torch._to_functional_tensor,
+    "meta": lambda plain: plain.to("meta"),
+    "nested": lambda plain: torch.nested.nested_tensor([plain]),
+    "quantized": lambda plain: torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8),
+    "subclass": lambda plain: plain.as_subclass(type("Sub", (torch.Tensor,), {})),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", NOT_PLAIN)
+def test_what_the_dispatcher_has_to_see(kind):
+    plain = torch.ones(2)
+    assert autograd._is_plain((plain, torch.nn.Parameter(plain), plain[1:], None))
+    assert not autograd._is_plain((plain, NOT_PLAIN[kind](plain)))
+
+
+def test_negated_views_and_zero_tensors():
+    """Tensors whose memory is not their value."""
+    call = torch_calls.smooth(torch_calls.SMALL["v2"])
+    expected = call.forward()
+    negated = torch._neg_view(-call.input)
+    assert torch.equal(call._replace(input=negated).forward(), expected)
+    zero = torch._efficientzerotensor(call.input.shape, dtype=call.input.dtype)
+    assert torch.equal(
+        call._replace(input=zero).forward(), call._replace(input=call.input * 0).forward()
+    )
 
 
 def test_deterministic_algorithms():

@@ -117,15 +117,25 @@ def _versus_text(rows: list[Row]) -> list[str]:
 
 
 def _threads_text(rows: list[Row]) -> list[str]:
-    lines = [f"one thread to two (goal {GOALS['threads']} above 2 ms)", "",
-             f"{'layer':<52}{'pass':<20}{'ms':>9}{'speed-up':>9}{'conv2d':>8}  clock"]  # fmt: skip
+    lines = [f"one thread to two, by the clock and by the time of the busiest thread (goal "
+             f"{GOALS['threads']} above 2 ms, by either)", "",
+             f"{'layer':<52}{'pass':<20}{'ms':>9}{'speed-up':>9}{'busiest':>9}{'conv2d':>8}{'':>6}"
+             "  clock"]  # fmt: skip
     for row in rows:
         lines.append(
             f"{row['layer']:<52}{row['pass']:<20}{row['dcnlib_ms'][0]:>9.3f}"
-            f"{row['dcnlib_speedup']:>9.2f}{row['conv2d_speedup']:>8.2f}  {row['clock']}"
-            f" ({row['undisturbed']} undisturbed)"
+            f"{row['dcnlib_speedup']:>9.2f}{row['dcnlib_busiest']:>9.2f}"
+            f"{row['conv2d_speedup']:>8.2f}{row['conv2d_busiest']:>6.2f}"
+            f"  {row['clock']} ({row['undisturbed']} undisturbed)"
+            + ("" if together(row) else "  not reached")
         )
     return lines
+
+
+def together(row: Row) -> bool:
+    """Whether two threads are as fast as is asked of a call that is not too short for them."""
+    best = max(row["dcnlib_speedup"], row["dcnlib_busiest"])
+    return row["dcnlib_ms"][0] <= 2 or best >= GOALS["threads"]
 
 
 def _overhead_text(rows: list[Row]) -> list[str]:

@@ -12,6 +12,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -373,3 +374,79 @@ def test_alone_inside_a_parallel_region(tmp_path):
     teams, same, inside, outside = json.loads(done.stdout)
     assert teams == [2, 2] and same == [True, True]
     assert inside == 2 and outside == 6
+
+
+TEAM = """
+#include <stdio.h>
+#include <stdlib.h>
+#include <unistd.h>
+#include "threads.h"
+#include <omp.h>
+
+enum { TASKS = 40, WAVES = 3, THREADS = 4 };
+static int sleeper, finished, early, runs[WAVES][DCN_PHASES][TASKS], own[WAVES][DCN_PHASES][TASKS];
+
+/* Notes who ran what; `sleeper` loses its core in its first task of each phase. */
+static void run(const dcn_cpu_call *call, int64_t wave, int64_t phase, int64_t task, void *scratch) {
+  const int me = omp_get_thread_num();
+  const int ahead = (wave * 3 + (phase > 1 ? phase - 1 : phase)) * TASKS;
+  if (__atomic_load_n(&finished, __ATOMIC_SEQ_CST) < ahead) early++;
+  if (scratch != (char *)call->shared + me * call->plan->scratch_bytes) early++;
+  if (me == sleeper) usleep(200 * 1000);
+  else usleep(1000);
+  __atomic_fetch_add(&runs[wave][phase][task], 1, __ATOMIC_RELAXED);
+  own[wave][phase][task] = task * THREADS / TASKS == me;
+  __atomic_fetch_add(&finished, 1, __ATOMIC_SEQ_CST);
+}
+
+int main(int, char **argv) {
+  sleeper = atoi(argv[1]);
+  const dcn_cpu_plan plan = {WAVES, 4, {TASKS, 0, TASKS, TASKS}, 0, 64, 0, 0, 0, 0};
+  char scratch[THREADS * 64];
+  const dcn_cpu_call call = {nullptr, nullptr, &plan, 0, scratch, nullptr};
+  const dcn_cpu_operator kernel = {"", nullptr, run};
+  dcn_threads_run(&kernel, &call, scratch, THREADS);
+  int once = 1, shares = 0;
+  for (int wave = 0; wave < WAVES; wave++)
+    for (int phase = 0; phase < 4; phase++)
+      for (int task = 0; task < TASKS; task++) {
+        once &= runs[wave][phase][task] == (phase != 1);
+        shares += own[wave][phase][task];
+      }
+  printf("[%d, %d, %d]", once, early, shares);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def team(tmp_path_factory):
+    """The team of csrc/cpu/threads.cpp with tasks that tell who ran them; the argument sleeps."""
+    csrc = Path(__file__).parents[1] / "csrc" / "cpu"
+    if shutil.which("c++") is None or not csrc.exists():
+        pytest.skip("needs a C++ compiler and the sources")
+    folder = tmp_path_factory.mktemp("team")
+    (folder / "team.cpp").write_text(TEAM)
+    command = ["c++", "-std=c++17", "-fopenmp", "-I", csrc, "team.cpp", csrc / "threads.cpp"]
+    subprocess.run([*command, "-o", "team"], check=True, cwd=folder)
+
+    def run(sleeper):
+        environment = os.environ | {"OMP_THREAD_LIMIT": "4", "OMP_DYNAMIC": "false"}
+        done = subprocess.run(
+            [folder / "team", str(sleeper)], check=True, capture_output=True, env=environment
+        )
+        return json.loads(done.stdout)
+
+    return run
+
+
+def test_every_task_runs_once_behind_the_phase_before(team):
+    once, early, shares = team(-1)
+    assert once and not early
+    assert shares > 0.6 * 3 * 3 * 40  # a thread meets in each phase what it left in its cache
+
+
+@pytest.mark.parametrize("sleeper", [0, 3])
+def test_nobody_waits_for_a_thread_without_a_core(team, sleeper):
+    once, early, shares = team(sleeper)
+    assert once and not early
+    assert shares < 3 * 3 * (3 * 10 + 2)  # others took all but one or two tasks of its share

@@ -1,13 +1,12 @@
-# The CPU orchestrator: fills the C structs, allocates, and runs the kernels' tasks on a team.
+# The CPU orchestrator: fills the C structs, allocates, and has the kernels' tasks run by a team.
 #
-# Everything parallel happens here, in `execute`; the kernels see one task at a time. Operands are
-# integer addresses (torch) or objects with a contiguous buffer (NumPy), checked by the callers.
+# All calls go through `execute`; the kernels see one task at a time. Operands are integer addresses
+# (torch) or objects with a contiguous buffer (NumPy), checked by the callers.
 #
 # cython: cdivision=True
 import warnings
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cython.parallel cimport parallel, prange, threadid
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free
 from libc.string cimport memset
@@ -292,10 +291,7 @@ cdef int execute(
             call.params, call.tensors, call.plan, call.direction = params, tensors, &plan, direction
             call.shared, call.packed = memory, packed
             threads = dcn_threads_possible(allowed)
-            if threads > 1:
-                run_team(kernel, &call, threads)
-            else:
-                run_alone(kernel, &call)
+            dcn_threads_run(kernel, &call, <char *>memory + scratch_at(&plan, 0), threads)
             dcn_workspace_give(memory)
     if memory == NULL:
         op = kernel.name.decode()
@@ -323,26 +319,3 @@ cdef void *workspace(const dcn_cpu_plan *plan, int threads, size_t *bytes) noexc
 
 cdef inline size_t scratch_at(const dcn_cpu_plan *plan, int thread) noexcept nogil:
     return (plan.shared_bytes + LINE - 1) // LINE * LINE + thread * plan.scratch_bytes
-
-
-cdef void run_alone(const dcn_cpu_operator *kernel, const dcn_cpu_call *call) noexcept nogil:
-    cdef int64_t wave, phase, task
-    cdef char *scratch = <char *>call.shared + scratch_at(call.plan, 0)
-    for wave in range(call.plan.waves):
-        for phase in range(call.plan.phases):
-            for task in range(call.plan.tasks[phase]):
-                kernel.run(call, wave, phase, task, scratch)
-
-
-cdef void run_team(
-    const dcn_cpu_operator *kernel, const dcn_cpu_call *call, int threads
-) noexcept nogil:
-    # One team for the whole call; each inner loop ends with a barrier.
-    cdef int64_t wave = 0, phase = 0, task
-    cdef char *mine = NULL
-    with parallel(num_threads=threads):
-        mine = <char *>call.shared + scratch_at(call.plan, threadid())
-        for wave in range(call.plan.waves):
-            for phase in range(call.plan.phases):
-                for task in prange(call.plan.tasks[phase], schedule="dynamic", chunksize=1):
-                    kernel.run(call, wave, phase, task, mine)

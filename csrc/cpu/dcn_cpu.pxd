@@ -48,6 +48,8 @@ cdef extern from "threads.h" nogil:
     void dcn_threads_alone()
     int dcn_threads_allowed(int wanted)
     int dcn_threads_possible(int wanted)
+    void dcn_threads_run(
+        const dcn_cpu_operator *, const dcn_cpu_call *, void *scratch, int threads)
     int dcn_threads_openmp()
 
 cdef extern from "workspace.h" nogil:

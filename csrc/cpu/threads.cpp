@@ -1,6 +1,14 @@
 /* See threads.h. */
 #include "threads.h"
 
+static void run_alone(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, void *scratch) {
+  const dcn_cpu_plan &plan = *call->plan;
+  for (int64_t wave = 0; wave < plan.waves; wave++)
+    for (int64_t phase = 0; phase < plan.phases; phase++)
+      for (int64_t task = 0; task < plan.tasks[phase]; task++)
+        kernel->run(call, wave, phase, task, scratch);
+}
+
 #ifdef _OPENMP
 #include <omp.h>
 #include <pthread.h>
@@ -101,7 +109,56 @@ int dcn_threads_possible(int wanted) {
   return wanted;
 }
 
+namespace {
+
+/* How many tasks of a thread's share have been taken, by itself or others, in even and odd phases; on
+ * a cache line of its own. */
+struct alignas(64) Taken {
+  int64_t tasks[2];
+};
+
+void run_member(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, char *scratch,
+                Taken *taken) {
+  const dcn_cpu_plan &plan = *call->plan;
+  const int me = omp_get_thread_num(), members = omp_get_num_threads();
+  scratch += me * plan.scratch_bytes;
+  int parity = 0;
+  for (int64_t wave = 0; wave < plan.waves; wave++)
+    for (int64_t phase = 0; phase < plan.phases; phase++) {
+      const int64_t tasks = plan.tasks[phase];
+      if (tasks == 0) continue;
+      for (int i = 0; i < members; i++) {
+        const int owner = (me + i) % members;
+        const int64_t begin = tasks * owner / members, end = tasks * (owner + 1) / members;
+        int64_t *next = &taken[owner].tasks[parity];
+        for (;;) {
+          const int64_t task = begin + __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+          if (task >= end) break;
+          kernel->run(call, wave, phase, task, scratch);
+        }
+      }
+      parity = !parity;
+      /* Nobody has looked at these since the barrier before. */
+      __atomic_store_n(&taken[me].tasks[parity], 0, __ATOMIC_RELAXED);
+#pragma omp barrier
+    }
+}
+
+} /* namespace */
+
+void dcn_threads_run(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, void *scratch,
+                     int threads) {
+  if (threads <= 1) return run_alone(kernel, call, scratch);
+  Taken taken[MOST] = {};
+#pragma omp parallel num_threads(threads)
+  run_member(kernel, call, (char *)scratch, taken);
+}
+
 #else
+
+void dcn_threads_run(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, void *scratch, int) {
+  run_alone(kernel, call, scratch);
+}
 
 void dcn_threads_init(void) {}
 void dcn_threads_alone(void) {}

@@ -1,6 +1,9 @@
-/* The process hazards of OpenMP, each answered by a function: the caller asks before every team. */
+/* Teams of threads: the process hazards of OpenMP, each answered by a function that the caller asks
+ * before every team, and the one parallel region. */
 #ifndef DCN_THREADS_H
 #define DCN_THREADS_H
+
+#include "dcn_cpu.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -21,6 +24,14 @@ int dcn_threads_allowed(int wanted);
 /* And how many of those can be created: libgomp would end the process, so this tries first, once for
  * each calling thread and size. Call it last, with all memory of the call in hand. */
 int dcn_threads_possible(int wanted);
+
+/* Runs a call on so many threads; `scratch` has room for plan.scratch_bytes of each.
+ *
+ * A thread begins with its own share of a phase's tasks, always the same part of the image, and then
+ * helps the others: what it packed or summed in one phase is in its own cache in the next, and nobody
+ * waits for a thread that has lost its core. */
+void dcn_threads_run(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, void *scratch,
+                     int threads);
 
 /* Whether OpenMP was compiled in. */
 int dcn_threads_openmp(void);

@@ -1,8 +1,11 @@
 """The table of ratios: what is measured, how it is summed up, and that goals are really judged."""
 
+import hashlib
 import importlib.util
 import json
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -130,6 +133,40 @@ def test_part_runs(small, part, door, tmp_path, capsys):
         assert row["layer"] in printed
     assert ratios.main(["--show", str(path)]) == 0
     assert capsys.readouterr().out == printed
+
+
+def test_the_busiest_thread_counts():
+    """The clock for two threads where other programs take cores away."""
+    data = bytes(2**20)
+
+    def burn(seconds):
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            hashlib.sha256(data)  # without the interpreter's lock
+        return seconds
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(burn, 0.01).result()
+
+        def call():
+            other = pool.submit(burn, 0.2)
+            burn(0.05)
+            other.result()
+
+        _, wall, busiest = ratios.watched(call)
+    assert 0.2 <= busiest < 0.24
+    assert busiest <= wall
+
+
+@pytest.mark.parametrize(
+    ("ms", "clock", "busiest", "reached"),
+    [(2.5, 1.9, 1.2, True), (2.5, 1.2, 1.9, True), (2.5, 1.8, 1.8, False), (1.9, 1.0, 1.0, True)],
+)
+def test_two_threads_are_judged_by_either_clock(ms, clock, busiest, reached):
+    row = {"layer": "l", "pass": "forward", "clock": "wall", "undisturbed": 9, "conv2d_speedup": 1,
+           "conv2d_busiest": 1, "dcnlib_ms": [ms, 1.0], "dcnlib_speedup": clock,
+           "dcnlib_busiest": busiest}  # fmt: skip
+    assert ("not reached" in "\n".join(ratios_report._threads_text([row]))) != reached
 
 
 def test_core_computes_the_layer():

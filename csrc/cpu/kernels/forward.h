@@ -39,6 +39,8 @@ constexpr int64_t PACK_PIXELS = 1024; /* pixels of one packing task */
 constexpr int64_t TILE_BYTES = 512 << 10;
 constexpr int64_t TILE_COLUMN = 224 * 4;
 constexpr int64_t STRIP = DCN_VECTOR_BYTES == 64 ? 2 * ROWS : 8 * ROWS; /* pixels */
+/* Tiles that are enough for each of several threads, and pixels from which on one is halved for that. */
+constexpr int64_t TILES_OF_A_THREAD = 14, SHARED_TILE = 8 * ROWS;
 constexpr int64_t LATE_BYTES = 1 << 20; /* weights from which on they may be packed late */
 constexpr int PIECES = 16;              /* blocks that are multiplied together */
 
@@ -81,14 +83,18 @@ struct Forward {
     tile = TILE_BYTES / (result_row * (int64_t)sizeof(A)) / ROWS * ROWS;
     tile = max((int64_t)2 * ROWS, min(tile, TILE_COLUMN / (int64_t)sizeof(A)));
     tiles = ceil_div(pixels, tile);
-    /* Few tiles: as many for every thread. */
     const int64_t batch = max(p.batch, (int64_t)1);
     late = !is_depthwise(p) && chunk == taps_of(p) && tiles * batch == 1 &&
            p.groups * panels * depth * 2 * L * (int64_t)sizeof(A) >= LATE_BYTES;
     parts = late ? min(panels, (int64_t)num_threads) : 1;
-    if (!late && tiles * batch < 4 * num_threads)
-      tiles = min(ceil_div(round_up(tiles * batch, num_threads), batch),
-                  ceil_div(pixels, (int64_t)ROWS));
+    /* Few tiles: more and smaller ones, so that threads end together; then as many for each. */
+    if (!late && num_threads > 1) {
+      const int64_t enough = ceil_div(TILES_OF_A_THREAD * num_threads, batch);
+      tiles = max(tiles, min(enough, pixels / SHARED_TILE));
+      if (tiles < enough)
+        tiles = min(ceil_div(round_up(tiles * batch, num_threads), batch),
+                    ceil_div(pixels, (int64_t)ROWS));
+    }
     tile = ceil_div(pixels, tiles);
     tiles = ceil_div(pixels, tile);
     tile_pitch = round_up(tile, L);

@@ -175,6 +175,12 @@ class TestStatistics:
         assert row.outside == pytest.approx(1 - (25 / 27) ** 2)
         assert row.mask_mean is None
 
+    def test_infinite_offsets(self):
+        """As they come, and without warnings."""
+        (row,) = offset_statistics(np.full((18, 3, 3), np.inf))
+        assert row.outside == 1
+        assert math.isnan(row.effective_dilation)
+
     def test_one_tap_has_no_neighbour(self):
         (row,) = offset_statistics(np.ones((2, 3, 3)), kernel_size=1)
         assert math.isnan(row.effective_dilation)

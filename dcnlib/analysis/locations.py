@@ -266,6 +266,7 @@ def offset_statistics(
     return [_statistics(layer) for layer in stack]
 
 
+@np.errstate(invalid="ignore")  # the difference of infinities is NaN
 def _statistics(layer: Layer) -> OffsetStatistics:
     assert layer.offset is not None
     offset = np.moveaxis(layer.offset.astype(np.float64), 3, -1)  # (N, G, K, OH, OW, 2)

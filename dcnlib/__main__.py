@@ -24,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, RuntimeError, ValueError) as error:
         print(f"dcnlib: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\ndcnlib: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

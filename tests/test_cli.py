@@ -193,6 +193,14 @@ def test_errors_are_one_line(capsys, arguments, words):
     assert err.count("\n") == 1
 
 
+def test_interrupted(capsys, monkeypatch):
+    def interrupt(rounds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_bench, "bench", interrupt)
+    assert run(capsys, "bench") == (130, "", "\ndcnlib: interrupted\n")
+
+
 class TestOutput:
     """In a process of its own, whose stdout is what users have."""
 

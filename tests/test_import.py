@@ -47,6 +47,17 @@ def output(code):
     return child.stdout.split()
 
 
+@needs_torch
+def test_everything_is_reached_from_the_package():
+    """Without an import of its part; `convert` imports a part of `compat`, so that comes first."""
+    names = (
+        "compat.mmcv.deform_conv2d", "compat.paddle.DeformConv2D", "nn.DeformConv2d",
+        "convert.replace_modules", "optim.PREDICTORS", "analysis.record_layers", "edge.save",
+    )  # fmt: skip
+    used = "; ".join(f"dcnlib.{name}" for name in names)
+    assert output(f"import dcnlib; {used}; print('there')") == ["there"]
+
+
 CONVERT = "from dcnlib import convert; convert.offset_channels('dcnv3', 'dcnlib', 3)"
 
 

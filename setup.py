@@ -9,7 +9,7 @@ DCNLIB_CUDA_ARCHS        its architectures, "80 90+ptx": machine code for both, 
                          default: those of the GPUs that are here, "90+ptx" where there are none
 CUDACXX, CUDA_HOME, CUDA_PATH   where nvcc is, if not on the PATH, in /usr/local/cuda or from pip
 DCNLIB_WERROR=1          compiler warnings are errors
-DCNLIB_RELEASE=1         for wheels: cp311-abi3, one for Python 3.11 and all later ones, a third smaller
+DCNLIB_RELEASE=1         for wheels: cp311-abi3, one for Python 3.11 and all later ones, and small
 CC, CXX, LDSHARED, LDCXXSHARED, _PYTHON_HOST_PLATFORM   of another machine, for a cross build
 """
 
@@ -59,17 +59,36 @@ if X86:
         *AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512",
     ]  # fmt: skip
 
+#: What each kernel file is compiled to, one object a part: DCN_PART of kernel_table.inc.
+CONV, POOL, RESAMPLE, DOUBLE = PARTS = (1, 2, 3, 4)
 RELEASE = os.environ.get("DCNLIB_RELEASE") == "1"
+#: The instruction set whose kernels another one takes for everything but CONV.
+BORROWED: dict[str, str] = {}
+#: Beyond KERNELS, of a part for an instruction set; a part that is not there is not compiled.
+PART_FLAGS: dict[tuple[str, int], list[str]] = {}
 if RELEASE:
-    # Hot loops are vectors and unrolled already: the forward pass is as fast as with -O3, the backward
-    # pass up to a tenth slower in float64. The other loops, of resampling and 16-bit types, need the
-    # cost model of -O3. -Os for an oracle and for processors older than AVX2.
-    # Below -O3 GCC does not see that a loop over lanes fills the vector, and warns.
+    # A wheel has half a megabyte. All options give the same bits; what they cost in speed:
+    #   FAST   of -O3's loops hand-vectorised ones keep their speed; loops that the compiler vectorises
+    #          need the cost model of -O3. float32, both directions, within 2 % of the default build
+    #   SMALL  float64, a tenth to a third slower; RoI pooling a seventh
+    # Without the scalar kernels, an instrument of the tests. Below -O3 GCC does not see that a loop over
+    # lanes fills the vector, and warns.
+    del KERNELS["scalar"]
     KERNEL_FLAGS += ["-Wno-maybe-uninitialized", "-fno-asynchronous-unwind-tables"]
-    FAST = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
-    SMALL = ["-Os"]
-    for isa, flags in KERNELS.items():
-        flags[:0] = SMALL if isa == "scalar" or (isa == "baseline" and X86) else FAST
+    FAST = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-DDCN_VARIANTS=1"]
+    SMALL = ["-Os", "-DDCN_VARIANTS=0"]
+    if X86:
+        # float64 takes twice as long as with AVX-512, resampling a fifth longer, RoI pooling not.
+        BORROWED["avx512"] = "avx2"
+    for isa in KERNELS:
+        old = isa == "baseline" and X86  # of processors before 2013
+        PART_FLAGS[isa, CONV] = SMALL if old else FAST
+        if isa not in BORROWED:
+            PART_FLAGS[isa, POOL] = SMALL
+            PART_FLAGS[isa, RESAMPLE] = SMALL if old else FAST
+            PART_FLAGS[isa, DOUBLE] = SMALL
+else:
+    PART_FLAGS = {(isa, part): [] for isa in KERNELS for part in PARTS}
 
 #: Of every .cu file. A multiply and an add become one instruction, as on the CPU.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
@@ -113,7 +132,7 @@ class BuildExt(build_ext):
         flags = list(CXX_FLAGS)
         if os.environ.get("DCNLIB_WERROR") == "1":
             flags.append("-Werror")
-        ext.extra_compile_args = [*flags, "-Wno-unused-function"]
+        ext.extra_compile_args = [*flags, "-Wno-unused-function", *(["-Os"] if RELEASE else [])]
         ext.extra_link_args = ["-Wl,-z,relro,-z,now,-z,noexecstack", "-Wl,-s"]
         if ext.name == CUDA_MODULE:
             ext.extra_objects = self.cuda_objects
@@ -142,13 +161,18 @@ class BuildExt(build_ext):
         return ""
 
     def kernel_objects(self, flags: list[str]) -> list[str]:
-        """Compile csrc/cpu/kernels/<isa>.cpp, all at once; every object exports one symbol."""
+        """Compile csrc/cpu/kernels/<isa>.cpp, every part of it, all at once."""
         headers = [path for path in cpu_sources() if path.suffix in (".h", ".inc")]
         newest = max(path.stat().st_mtime for path in headers)
 
-        def compile_one(isa: str) -> str:
+        def compile_one(key: tuple[str, int]) -> str:
+            isa, part = key
             source = f"csrc/cpu/kernels/{isa}.cpp"
-            target = Path(self.build_temp) / f"{source.removesuffix('.cpp')}.o"
+            folder = Path(self.build_temp) / f"part{part}"
+            target = folder / f"{source.removesuffix('.cpp')}.o"
+            macros: list[tuple[str, str | None]] = [("DCN_PART", str(part))]
+            if isa in BORROWED:
+                macros.append(("DCN_BORROWED", BORROWED[isa]))
             if (
                 self.force
                 or not target.exists()
@@ -156,13 +180,14 @@ class BuildExt(build_ext):
             ):
                 self.compiler.compile(
                     [source],
-                    output_dir=self.build_temp,
-                    extra_postargs=[*flags, *KERNEL_FLAGS, *KERNELS[isa]],
+                    output_dir=str(folder),
+                    macros=macros,
+                    extra_postargs=[*flags, *KERNEL_FLAGS, *PART_FLAGS[key], *KERNELS[isa]],
                 )
             return str(target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(compile_one, KERNELS))
+            return list(pool.map(compile_one, PART_FLAGS))
 
     def find_openmp(self) -> list[str]:
         """The flags for OpenMP, none without it; the end of the build without a compiler."""
@@ -196,8 +221,9 @@ class BuildExt(build_ext):
 
     def settings_changed(self) -> bool:
         """Whether flags or compiler differ from the last build: setuptools looks at times alone."""
-        settings = [CXX_FLAGS, KERNEL_FLAGS, KERNELS, self.openmp, self.compiler.compiler_so_cxx,
-                    RELEASE, os.environ.get("DCNLIB_WERROR", "")]  # fmt: skip
+        settings = [CXX_FLAGS, KERNEL_FLAGS, KERNELS, repr(PART_FLAGS), BORROWED, self.openmp,
+                    self.compiler.compiler_so_cxx, RELEASE,
+                    os.environ.get("DCNLIB_WERROR", "")]  # fmt: skip
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         stamp = Path(self.build_temp) / "settings"
         changed = not stamp.exists() or stamp.read_text() != digest
@@ -320,7 +346,7 @@ def cuda_objects(nvcc: str, archs: str, folder: Path) -> list[str]:
 
 
 LIMITED_API = {
-    "define_macros": [("Py_LIMITED_API", "0x030B0000")] if RELEASE else [],
+    "define_macros": [("Py_LIMITED_API", "0x030B0000"), ("DCN_RELEASE", "1")] if RELEASE else [],
     "py_limited_api": RELEASE,
 }
 CPU = Extension(

@@ -105,8 +105,9 @@ def cpu_isa(limit: str | None = None) -> CpuIsa:
     ----------
     limit : {"avx512", "avx2", "baseline", "scalar"}, optional
         In a ``with`` block, for all threads: the best one to use; this processor's best if that
-        is less. "baseline" is SSE2 on x86-64 and NEON on AArch64, "scalar" takes one number at a
-        time. The environment variable ``DCNLIB_CPU_ISA`` does the same for a whole process.
+        is less. "baseline" is SSE2 on x86-64 and NEON on AArch64. "scalar" takes one number at a
+        time; release wheels come without it and take "baseline". The environment variable
+        ``DCNLIB_CPU_ISA`` does the same for a whole process.
 
     Returns
     -------
@@ -125,9 +126,9 @@ def cpu_isa(limit: str | None = None) -> CpuIsa:
     Examples
     --------
     >>> import dcnlib
-    >>> with dcnlib.cpu_isa("scalar"):
+    >>> with dcnlib.cpu_isa("baseline"):
     ...     dcnlib.cpu_isa()
-    'scalar'
+    'baseline'
     """
     if limit is None:
         return CpuIsa(_core.isa())
@@ -139,9 +140,10 @@ def cpu_isa(limit: str | None = None) -> CpuIsa:
 
 
 def _best(limit: str) -> str:
-    """The best usable instruction set that is not above `limit`."""
+    """The best usable instruction set that is not above `limit`; the least if all are."""
     highest = _ISAS.index(limit)
-    return next(isa for isa in _core.usable() if _ISAS.index(isa) <= highest)
+    usable = _core.usable()
+    return next((isa for isa in usable if _ISAS.index(isa) <= highest), usable[-1])
 
 
 @cache

@@ -82,7 +82,8 @@ def text(report: dict[str, Any]) -> str:
         "CPU instruction sets",
         f"  {'used':<10} {isa['used']}",
         f"  {'usable':<10} {', '.join(isa['usable'])}",
-        f"  {'built':<10} {', '.join(isa['built'])}",
+        f"  {'built':<10} {', '.join(isa['built'])}"
+        + ("" if "scalar" in isa["built"] else " (a release: scalar is left out)"),
         "",
         "threads",
         f"  {'used':<10} {threads['used']} ({threads['decided_by']})",

@@ -62,21 +62,21 @@ class TestInfo:
         child = isolated.python(
             "import runpy, sys; sys.argv[1:] = ['info', '--json']; "
             "runpy.run_module('dcnlib', run_name='__main__')",
-            DCNLIB_CPU_ISA="scalar",
+            DCNLIB_CPU_ISA="baseline",
             DCNLIB_NUM_THREADS="1",
         )
         assert child.returncode == 0, child.stderr
         report = json.loads(child.stdout)
         assert report["isa"] == {
-            "used": "scalar",
+            "used": "baseline",
             "usable": _core.usable(),
             "built": _core.built(),
-            "limit": "scalar",
+            "limit": "baseline",
         }
         assert report["threads"]["used"] == 1
         assert report["threads"]["decided_by"] == "DCNLIB_NUM_THREADS"
-        if _core.usable() != ["scalar"]:
-            assert any("DCNLIB_CPU_ISA=scalar" in sentence for sentence in report["advice"])
+        if _core.usable()[0] != "baseline":
+            assert any("DCNLIB_CPU_ISA=baseline" in sentence for sentence in report["advice"])
 
     def test_advice_when_there_is_nothing_to_say(self, report):
         report["openmp"] = {"built": True, "runtimes": ["/lib/libgomp.so.1"]}

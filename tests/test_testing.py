@@ -260,7 +260,7 @@ def test_run_names_everything():
 
 def test_isas():
     isas = testing.cpu_isas()
-    assert isas[:2] == ["scalar", "baseline"]
+    assert "baseline" in isas
     assert isas == [isa for isa in ("scalar", "baseline", "avx2", "avx512") if isa in isas]
 
 

@@ -1,12 +1,16 @@
 /* Which kernel tables are linked into this build, and which of them this processor can run.
  *
  * A tier is usable only if every feature that its file was compiled with is there (x86-64-v3 for
- * avx2, the AVX-512 part of v4 for avx512); baseline is what the ABI itself demands. */
+ * avx2, the AVX-512 part of v4 for avx512); baseline is what the ABI itself demands. Release wheels
+ * have no scalar. */
 #include "dcn_cpu.h"
 
 extern "C" {
 
-extern const dcn_cpu_kernels dcn_cpu_kernels_scalar, dcn_cpu_kernels_baseline;
+extern const dcn_cpu_kernels dcn_cpu_kernels_baseline;
+#if !DCN_RELEASE
+extern const dcn_cpu_kernels dcn_cpu_kernels_scalar;
+#endif
 #if defined(__x86_64__)
 extern const dcn_cpu_kernels dcn_cpu_kernels_avx2, dcn_cpu_kernels_avx512;
 #endif
@@ -15,7 +19,11 @@ static const dcn_cpu_kernels *const built[] = {
 #if defined(__x86_64__)
     &dcn_cpu_kernels_avx512, &dcn_cpu_kernels_avx2,
 #endif
-    &dcn_cpu_kernels_baseline, &dcn_cpu_kernels_scalar, nullptr};
+    &dcn_cpu_kernels_baseline,
+#if !DCN_RELEASE
+    &dcn_cpu_kernels_scalar,
+#endif
+    nullptr};
 
 const dcn_cpu_kernels *const *dcn_cpu_built(void) { return built; }
 

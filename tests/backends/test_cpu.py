@@ -229,7 +229,7 @@ def test_arguments_may_be_read_only():
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_isa_in_every_dtype(isa):
     """`cpu_isas` lists what can be used, weakest first, "baseline" always among them."""
-    assert ISAS[:2] == ["scalar", "baseline"]
+    assert "baseline" in ISAS[:2]
     for dtype in DTYPES:
         call = lattice("groups_across", dtype)
         with dcnlib.cpu_isa(isa):

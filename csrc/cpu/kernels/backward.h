@@ -319,10 +319,10 @@ static void add_sample_gradients(const Corners<A> &corners, const A *products, i
       load_parts<A>(products + 4 * at, d);
       const V ly = load(corners.fraction[0] + at), lx = load(corners.fraction[1] + at);
       const V m = load(corners.mask + at), nan = load(corners.weight[0] + at), one = splat(A(1));
-      const V value =
-          (one - ly) * ((one - lx) * d[0] + lx * d[1]) + ly * ((one - lx) * d[2] + lx * d[3]);
-      const V dy = m * ((one - lx) * (d[2] - d[0]) + lx * (d[3] - d[1]));
-      const V dx = m * ((one - ly) * (d[1] - d[0]) + ly * (d[3] - d[2]));
+      const V value = mixed<V>(ly, mixed<V>(lx, d[3], one - lx, d[2]), one - ly,
+                               mixed<V>(lx, d[1], one - lx, d[0]));
+      const V dy = m * mixed<V>(one - lx, d[2] - d[0], lx, d[3] - d[1]);
+      const V dx = m * mixed<V>(one - ly, d[1] - d[0], ly, d[3] - d[2]);
       const auto inside = lanes_equal<A, I>(corners.state + at, INSIDE);
       const auto moves = inside | lanes_equal<A, I>(corners.state + at, EDGE);
       /* Weights are NaN in that state alone. */

@@ -362,8 +362,10 @@ static void depthwise_taps(const A *slab, const Steps &steps, int64_t channels,
   for (; c + V * L <= round_up(channels, L); c += V * L)                                 \
   depthwise_vectors<A, V, how>(slab + c, steps, corners, taps, tile, pixels, weight + c, \
                                weight_row, result + c, result_row, accumulate)
-  DCN_BLOCK(4);
-  DCN_BLOCK(2);
+  if constexpr (VARIANTS != ONE_VARIANT) {
+    DCN_BLOCK(4);
+    DCN_BLOCK(2);
+  }
   DCN_BLOCK(1);
 #undef DCN_BLOCK
 }
@@ -373,8 +375,9 @@ static void depthwise_block(Sampling how, const A *slab, const Steps &steps, int
                             const Corners<A> &corners, int64_t taps, int64_t tile, int64_t pixels,
                             const A *weight, int64_t weight_row, A *result, int64_t result_row,
                             bool accumulate) {
-  const auto taps_function = how == BILINEAR ? depthwise_taps<A, BILINEAR>
-                             : how == SCALED ? depthwise_taps<A, SCALED>
+  const auto taps_function = VARIANTS != ONE_VARIANT && how == BILINEAR
+                                 ? depthwise_taps<A, BILINEAR>
+                             : how != COPIED ? depthwise_taps<A, SCALED>
                                              : depthwise_taps<A, COPIED>;
   taps_function(slab, steps, channels, corners, taps, tile, pixels, weight, weight_row, result,
                 result_row, accumulate);

@@ -68,6 +68,15 @@ static void gemm_registers(int64_t depth, const A *a, int64_t lda, const A *b, i
 template <class A, int N>
 static void gemm_rows(int64_t rows, int64_t depth, const A *a, int64_t lda, const A *b, int64_t ldb,
                       A *c, int64_t ldc, bool accumulate) {
+  if constexpr (VARIANTS == ONE_VARIANT) {
+    for (; rows >= ROWS; rows -= ROWS, a += ROWS * lda, c += ROWS * ldc)
+      gemm_registers<A, ROWS, N>(depth, a, lda, b, ldb, c, ldc, accumulate);
+    for (; rows >= 3; rows -= 3, a += 3 * lda, c += 3 * ldc)
+      gemm_registers<A, 3, N>(depth, a, lda, b, ldb, c, ldc, accumulate);
+    for (; rows; rows--, a += lda, c += ldc)
+      gemm_registers<A, 1, N>(depth, a, lda, b, ldb, c, ldc, accumulate);
+    return;
+  }
   /* Equal parts: 49 rows are 13 + 12 + 12 + 12, not 14 + 14 + 14 + 7. */
   const int64_t parts = ceil_div(rows, ROWS);
   for (int64_t part = 0; part < parts; part++) {

@@ -24,6 +24,8 @@
 namespace DCN_ISA {
 
 constexpr int64_t RESAMPLE_TILE = 256;
+constexpr int64_t RESAMPLE_LANES =
+    16; /* vectorised loops run over a multiple: no rest to loop over */
 constexpr int64_t RESAMPLE_PIECE = 4096;    /* pixels of a forward task */
 constexpr int64_t WORK_OF_A_POSITION = 200; /* multiply-adds that a position is worth */
 
@@ -52,6 +54,11 @@ struct Positions {
     plane = arena.take<A>(sums && p.batch ? p.in_h * p.in_w : 0);
   }
 };
+
+/* Values that the vectorised loops of a tile compute; the last ones are nobody's. */
+DCN_INLINE int64_t in_lanes(int64_t count) {
+  return (count + RESAMPLE_LANES - 1) & -RESAMPLE_LANES;
+}
 
 /* Whether 32 bits hold every place and every position that is not far outside. */
 DCN_INLINE bool places_are_short(const dcn_resample_params &p) {
@@ -94,8 +101,13 @@ static void place_tile(const dcn_resample_params &p, const void *offset, int64_t
     row++;
     column = 0;
   }
+  const int64_t computed = in_lanes(count);
+  for (int64_t i = count; i < computed; i++) {
+    s.offset_y[i] = s.offset_x[i] = 0;
+    s.row[i] = s.column[i] = 0;
+  }
 #pragma GCC ivdep
-  for (int64_t i = 0; i < count; i++) { /* vectorised */
+  for (int64_t i = 0; i < computed; i++) { /* vectorised */
     const A oy = s.offset_y[i], ox = s.offset_x[i];
     A ly, lx;
     I y = s.row[i] + split<A, I>(oy, ly), x = s.column[i] + split<A, I>(ox, lx);
@@ -154,7 +166,7 @@ DCN_INLINE void load_places(const T *plane, const I *at, int64_t count, T *to) {
 template <class A, class I, bool BORDER>
 static void load_corners(const dcn_resample_params &p, const void *input, int64_t plane,
                          int64_t count, const Positions<A, I> &s) {
-  const int64_t base = plane * p.in_h * p.in_w;
+  const int64_t base = plane * p.in_h * p.in_w, computed = in_lanes(count);
   for (int q = 0; q < 4; q++) {
     A *to = s.corner[q];
     if (bytes_of(p.dtype) == 2) {
@@ -164,7 +176,7 @@ static void load_corners(const dcn_resample_params &p, const void *input, int64_
       load_places((const A *)input + base, s.at[q], count, to);
     }
     if (!BORDER)
-      for (int64_t i = 0; i < count; i++) to[i] = s.exists[q][i] ? to[i] : A(0);
+      for (int64_t i = 0; i < computed; i++) to[i] = s.exists[q][i] ? to[i] : A(0);
   }
 }
 
@@ -172,11 +184,11 @@ template <class A, class I, bool BORDER>
 static void resample_piece(const dcn_resample_params &p, const dcn_resample_tensors &t,
                            int64_t plane, int64_t first, int64_t pixels, const Positions<A, I> &s) {
   for (int64_t end = first + pixels; first < end; first += RESAMPLE_TILE) {
-    const int64_t count = min(RESAMPLE_TILE, end - first);
+    const int64_t count = min(RESAMPLE_TILE, end - first), computed = in_lanes(count);
     place_tile<A, I, BORDER, false>(p, t.offset, plane, first, count, s);
     load_corners<A, I, BORDER>(p, t.input, plane, count, s);
 #pragma GCC ivdep
-    for (int64_t i = 0; i < count; i++) { /* vectorised */
+    for (int64_t i = 0; i < computed; i++) { /* vectorised */
       const A ly = s.fraction_y[i], lx = s.fraction_x[i];
       const A value = (1 - ly) * ((1 - lx) * s.corner[0][i] + lx * s.corner[1][i]) +
                       ly * ((1 - lx) * s.corner[2][i] + lx * s.corner[3][i]);
@@ -196,13 +208,13 @@ static void differentiate_plane(const dcn_resample_params &p, const dcn_resample
   if (sum)
     for (int64_t i = 0; i < pixels; i++) sum[i] = 0;
   for (int64_t first = 0; first < pixels; first += RESAMPLE_TILE) {
-    const int64_t count = min(RESAMPLE_TILE, pixels - first);
+    const int64_t count = min(RESAMPLE_TILE, pixels - first), computed = in_lanes(count);
     place_tile<A, I, BORDER, true>(p, t.offset, plane, first, count, s);
     read_row(t.grad_output, p.dtype, base + first, 1, count, s.grad);
     if (t.grad_offset) {
       load_corners<A, I, BORDER>(p, t.input, plane, count, s);
 #pragma GCC ivdep
-      for (int64_t i = 0; i < count; i++) { /* vectorised */
+      for (int64_t i = 0; i < computed; i++) { /* vectorised */
         const A v00 = s.corner[0][i], v01 = s.corner[1][i];
         const A v10 = s.corner[2][i], v11 = s.corner[3][i];
         const A ly = s.fraction_y[i], lx = s.fraction_x[i];
@@ -217,7 +229,7 @@ static void differentiate_plane(const dcn_resample_params &p, const dcn_resample
     }
     if (!sum) continue;
 #pragma GCC ivdep
-    for (int64_t i = 0; i < count; i++) { /* vectorised */
+    for (int64_t i = 0; i < computed; i++) { /* vectorised */
       const A ly = s.fraction_y[i], lx = s.fraction_x[i];
       const A top = (1 - ly) * s.grad[i], bottom = ly * s.grad[i];
       const I has = s.has_value[i];

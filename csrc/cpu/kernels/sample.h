@@ -91,9 +91,9 @@ template <class A>
 static void sample_block(const A *slab, const Steps &steps, int64_t channels,
                          const Corners<A> &corners, Sampling how, int64_t taps, int64_t tile,
                          int64_t pixels, A *columns, int64_t pitch) {
-  if (how == BILINEAR)
+  if (VARIANTS != ONE_VARIANT && how == BILINEAR)
     sample_taps<A, BILINEAR>(slab, steps, channels, corners, taps, tile, pixels, columns, pitch);
-  else if (how == SCALED)
+  else if (how != COPIED) /* what multiplies is 1 otherwise */
     sample_taps<A, SCALED>(slab, steps, channels, corners, taps, tile, pixels, columns, pitch);
   else
     sample_taps<A, COPIED>(slab, steps, channels, corners, taps, tile, pixels, columns, pitch);

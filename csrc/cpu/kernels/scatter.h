@@ -26,6 +26,16 @@ struct Scatter {
   int64_t channels; /* of the block */
 };
 
+/* What a call wants, known to the compiler; columns are the samples, or grad_weight's share. */
+template <bool PRODUCTS, bool INPUT, bool COLUMNS>
+struct Wanted {
+  static constexpr bool products = PRODUCTS, input = INPUT, columns = COLUMNS;
+};
+/* The same, known to the call. */
+struct AnyWanted {
+  bool products, input, columns;
+};
+
 /* One sample: where its corners are and what they weigh. */
 template <class A>
 struct Visit {
@@ -49,16 +59,17 @@ struct Visit {
   }
 
   /* The vector of channels at c, with gradient h; gives its sample. TAIL: only `lanes` of it. */
-  template <bool PRODUCTS, bool INPUT, bool SPECIAL, bool TAIL>
-  inline __attribute__((always_inline)) V channels(int64_t c, V h, typename Vector<A>::Mask lanes) {
+  template <bool SPECIAL, bool TAIL, class Want>
+  inline __attribute__((always_inline)) V channels(Want wanted, int64_t c, V h,
+                                                   typename Vector<A>::Mask lanes) {
     V x[4];
 #pragma GCC unroll 4
     for (int q = 0; q < 4; q++) {
       x[q] = load(value[q] + c);
       if (TAIL) x[q] = keep<A>(lanes, x[q]);
-      if (PRODUCTS) products[q] += h * x[q];
+      if (wanted.products) products[q] += h * x[q];
     }
-    if (INPUT) {
+    if (wanted.input) {
       const V hm = SPECIAL ? rest * h : h;
 #pragma GCC unroll 4
       for (int q = 0; q < 4; q++) {
@@ -74,22 +85,24 @@ struct Visit {
   }
 };
 
-/* One sample exactly at -1: no value, nothing to scatter, but a derivative. `h` is a function of c. */
-template <class A, class H>
-static void edge_products(const Scatter<A> &s, const Steps &steps, int64_t corner, H h,
-                          A *products) {
+/* One sample exactly at -1: no value, nothing to scatter, but a derivative. The gradient of its columns
+ * is h, or h times w where that is not null. */
+template <class A>
+__attribute__((noinline, cold)) static void edge_products(const Scatter<A> &s, const Steps &steps,
+                                                          int64_t corner, const A *h, const A *w,
+                                                          A *products) {
   const int64_t step[4] = {0, steps.right, steps.down, steps.both};
   for (int q = 0; q < 4; q++) {
     const A *v = s.slab + corner + step[q];
     A sum = 0;
-    for (int64_t c = 0; c < s.channels; c++) sum += h(c) * v[c];
+    for (int64_t c = 0; c < s.channels; c++) sum += (w ? h[c] * w[c] : h[c]) * v[c];
     products[q] = sum;
   }
 }
 
 /* VECTORS whole vectors of channels, -1: as many as there are; SPECIAL: some mask is not finite. */
-template <class A, bool PRODUCTS, bool INPUT, bool COLUMNS, int VECTORS, bool SPECIAL>
-static void scatter_pixels(const Scatter<A> &block, const Steps &block_steps,
+template <class A, int VECTORS, bool SPECIAL, class Want>
+static void scatter_pixels(const Want wanted, const Scatter<A> &block, const Steps &block_steps,
                            const Corners<A> &block_corners, int64_t taps, int64_t tile,
                            int64_t pixels, A *columns, int64_t pitch) {
   typedef typename Vector<A>::V V;
@@ -104,10 +117,9 @@ static void scatter_pixels(const Scatter<A> &block, const Steps &block_steps,
     A *h = columns + i * pitch;
     for (int64_t t = 0, at = i; t < taps; t++, at += tile, h += s.channels) {
       if (corners.state[at] == EDGE) {
-        if (PRODUCTS)
-          edge_products(
-              s, steps, corners.at[at], [h](int64_t c) { return h[c]; }, s.products + 4 * at);
-        if (COLUMNS)
+        if (wanted.products)
+          edge_products<A>(s, steps, corners.at[at], h, nullptr, s.products + 4 * at);
+        if (wanted.columns)
           for (int64_t c = 0; c < s.channels; c++) h[c] = 0 * corners.rest[at];
         continue;
       }
@@ -115,42 +127,63 @@ static void scatter_pixels(const Scatter<A> &block, const Steps &block_steps,
 #pragma GCC unroll 4
       for (int64_t v = 0; v < whole; v++) { /* the hot loop */
         const V sample =
-            visit.template channels<PRODUCTS, INPUT, SPECIAL, false>(v * L, load(h + v * L), lanes);
-        if (COLUMNS) store(h + v * L, sample);
+            visit.template channels<SPECIAL, false>(wanted, v * L, load(h + v * L), lanes);
+        if (wanted.columns) store(h + v * L, sample);
       }
       if (tail) {
         const V old = load(h + whole * L);
-        const V sample = visit.template channels<PRODUCTS, INPUT, SPECIAL, true>(
-            whole * L, keep<A>(lanes, old), lanes);
-        if (COLUMNS) store(h + whole * L, pick<A>(lanes, sample, old));
+        const V sample =
+            visit.template channels<SPECIAL, true>(wanted, whole * L, keep<A>(lanes, old), lanes);
+        if (wanted.columns) store(h + whole * L, pick<A>(lanes, sample, old));
       }
-      if (PRODUCTS)
+      if (wanted.products)
         sum4<A>(visit.products[0], visit.products[1], visit.products[2], visit.products[3],
                 s.products + 4 * at);
     }
   }
 }
 
-template <class A, bool PRODUCTS, bool INPUT, bool COLUMNS>
-static void scatter_vectors(const Scatter<A> &s, const Steps &steps, const Corners<A> &corners,
-                            bool special, int64_t taps, int64_t tile, int64_t pixels, A *columns,
-                            int64_t pitch) {
-#define DCN_CASE(V, SPECIAL)                                                                    \
-  return scatter_pixels<A, PRODUCTS, INPUT, COLUMNS, V, SPECIAL>(s, steps, corners, taps, tile, \
-                                                                 pixels, columns, pitch)
-  if (special) DCN_CASE(-1, true);
-  if (PRODUCTS && INPUT && COLUMNS) switch (s.channels / Vector<A>::lanes) {
-      case 1:
-        DCN_CASE(1, false);
-      case 2:
-        DCN_CASE(2, false);
-      case 3:
-        DCN_CASE(3, false);
-      case 4:
-        DCN_CASE(4, false);
+/* Calls `scatter(wanted, vectors, special)` with the variant's numbers as types. The mask that is
+ * finite is 1 in `rest`, so that SPECIAL is right for all. */
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
+template <class A, class Function>
+static void with_variant(const Scatter<A> &s, bool special, bool columns, Function scatter) {
+  const bool products = s.products, input = s.input;
+  const AnyWanted any = {products, input, columns};
+  if constexpr (VARIANTS == ONE_VARIANT) {
+    return scatter(any, Number<-1>(), Number<true>());
+  } else {
+    if (special) return scatter(any, Number<-1>(), Number<true>());
+    if (products && input && columns) {
+      const Wanted<true, true, true> all;
+      switch (s.channels / Vector<A>::lanes) {
+        case 1:
+          return scatter(all, Number<1>(), Number<false>());
+        case 2:
+          return scatter(all, Number<2>(), Number<false>());
+        case 3:
+          return scatter(all, Number<3>(), Number<false>());
+        case 4:
+          return scatter(all, Number<4>(), Number<false>());
+      }
+      return scatter(all, Number<-1>(), Number<false>());
     }
-  DCN_CASE(-1, false);
-#undef DCN_CASE
+#define DCN_WANTED(P, I, C) return scatter(Wanted<P, I, C>(), Number<-1>(), Number<false>())
+    if (products && columns) DCN_WANTED(true, false, true); /* a first layer */
+    if (products && input) DCN_WANTED(true, true, false);   /* frozen weights */
+    if constexpr (VARIANTS == SOME_VARIANTS) return scatter(any, Number<-1>(), Number<false>());
+    if (columns) {
+      if (input) DCN_WANTED(false, true, true);
+      DCN_WANTED(false, false, true);
+    }
+    if (products) DCN_WANTED(true, false, false);
+    if (input) DCN_WANTED(false, true, false);
+#undef DCN_WANTED
+  }
 }
 
 /* `columns` holds h where products or input are wanted, and the samples afterwards if `samples`. */
@@ -158,31 +191,21 @@ template <class A>
 static void scatter_block(const Scatter<A> &s, const Steps &steps, const Corners<A> &corners,
                           bool special, int64_t taps, int64_t tile, int64_t pixels, A *columns,
                           int64_t pitch, bool samples) {
-#define DCN_WANTED(P, I, C) \
-  scatter_vectors<A, P, I, C>(s, steps, corners, special, taps, tile, pixels, columns, pitch)
-  if (samples) {
-    if (s.products)
-      s.input ? DCN_WANTED(true, true, true) : DCN_WANTED(true, false, true);
-    else
-      s.input ? DCN_WANTED(false, true, true) : DCN_WANTED(false, false, true);
-  } else {
-    if (s.products)
-      s.input ? DCN_WANTED(true, true, false) : DCN_WANTED(true, false, false);
-    else if (s.input)
-      DCN_WANTED(false, true, false);
-  }
-#undef DCN_WANTED
+  with_variant(s, special, samples, [&](auto wanted, auto vectors, auto is_special) {
+    scatter_pixels<A, decltype(vectors)::value, decltype(is_special)::value>(
+        wanted, s, steps, corners, taps, tile, pixels, columns, pitch);
+  });
 }
 
 /* One channel per weight group: h = output * weight on the spot, and grad_weight's share
  * (share[t][c] += output mask S) without a product. One vector of output stays in a register over the
  * taps; per vector of channels ten loads, 14 multiply-adds and five stores. */
-template <class A, bool PRODUCTS, bool INPUT, bool SHARE, int VECTORS, bool SPECIAL>
-static void scatter_depthwise_pixels(const Scatter<A> &block, const Steps &block_steps,
-                                     const Corners<A> &block_corners, int64_t taps, int64_t tile,
-                                     int64_t pixels, const A *output, int64_t output_row,
-                                     const A *weight, int64_t weight_row, A *share,
-                                     int64_t share_row) {
+template <class A, int VECTORS, bool SPECIAL, class Want>
+static void scatter_depthwise_pixels(const Want wanted, const Scatter<A> &block,
+                                     const Steps &block_steps, const Corners<A> &block_corners,
+                                     int64_t taps, int64_t tile, int64_t pixels, const A *output,
+                                     int64_t output_row, const A *weight, int64_t weight_row,
+                                     A *share, int64_t share_row) {
   typedef typename Vector<A>::V V;
   const Scatter<A> s = block; /* copies, which no store can change */
   const Steps steps = block_steps;
@@ -199,11 +222,9 @@ static void scatter_depthwise_pixels(const Scatter<A> &block, const Steps &block
       prefetch(output + 2 * output_row + c);
     for (int64_t t = 0, at = i; t < taps; t++, at += tile, w += weight_row, sum += share_row) {
       if (corners.state[at] == EDGE) {
-        if (PRODUCTS)
-          edge_products(
-              s, steps, corners.at[at], [output, w](int64_t c) { return output[c] * w[c]; },
-              s.products + 4 * at);
-        if (SHARE)
+        if (wanted.products)
+          edge_products<A>(s, steps, corners.at[at], output, w, s.products + 4 * at);
+        if (wanted.columns)
           for (int64_t c = 0; c < s.channels; c++) sum[c] += output[c] * (0 * corners.rest[at]);
         continue;
       }
@@ -211,47 +232,22 @@ static void scatter_depthwise_pixels(const Scatter<A> &block, const Steps &block
 #pragma GCC unroll 4
       for (int64_t v = 0; v < whole; v++) { /* the hot loop */
         const V g = load(output + v * L);
-        const V sample = visit.template channels<PRODUCTS, INPUT, SPECIAL, false>(
-            v * L, g * load(w + v * L), lanes);
-        if (SHARE) store(sum + v * L, load(sum + v * L) + g * sample);
+        const V sample =
+            visit.template channels<SPECIAL, false>(wanted, v * L, g * load(w + v * L), lanes);
+        if (wanted.columns) store(sum + v * L, load(sum + v * L) + g * sample);
       }
       if (tail) {
         const int64_t c = whole * L;
         const V g = keep<A>(lanes, load(output + c));
-        const V sample = visit.template channels<PRODUCTS, INPUT, SPECIAL, true>(
-            c, g * keep<A>(lanes, load(w + c)), lanes);
-        if (SHARE) store(sum + c, load(sum + c) + keep<A>(lanes, g * sample));
+        const V sample = visit.template channels<SPECIAL, true>(
+            wanted, c, g * keep<A>(lanes, load(w + c)), lanes);
+        if (wanted.columns) store(sum + c, load(sum + c) + keep<A>(lanes, g * sample));
       }
-      if (PRODUCTS)
+      if (wanted.products)
         sum4<A>(visit.products[0], visit.products[1], visit.products[2], visit.products[3],
                 s.products + 4 * at);
     }
   }
-}
-
-template <class A, bool PRODUCTS, bool INPUT, bool SHARE>
-static void scatter_depthwise_vectors(const Scatter<A> &s, const Steps &steps,
-                                      const Corners<A> &corners, bool special, int64_t taps,
-                                      int64_t tile, int64_t pixels, const A *output,
-                                      int64_t output_row, const A *weight, int64_t weight_row,
-                                      A *share, int64_t share_row) {
-#define DCN_CASE(V, SPECIAL)                                                                \
-  return scatter_depthwise_pixels<A, PRODUCTS, INPUT, SHARE, V, SPECIAL>(                   \
-      s, steps, corners, taps, tile, pixels, output, output_row, weight, weight_row, share, \
-      share_row)
-  if (special) DCN_CASE(-1, true);
-  if (PRODUCTS && INPUT && SHARE) switch (s.channels / Vector<A>::lanes) {
-      case 1:
-        DCN_CASE(1, false);
-      case 2:
-        DCN_CASE(2, false);
-      case 3:
-        DCN_CASE(3, false);
-      case 4:
-        DCN_CASE(4, false);
-    }
-  DCN_CASE(-1, false);
-#undef DCN_CASE
 }
 
 template <class A>
@@ -259,21 +255,11 @@ static void scatter_depthwise(const Scatter<A> &s, const Steps &steps, const Cor
                               bool special, int64_t taps, int64_t tile, int64_t pixels,
                               const A *output, int64_t output_row, const A *weight,
                               int64_t weight_row, A *share, int64_t share_row) {
-#define DCN_WANTED(P, I, S)                                                                     \
-  scatter_depthwise_vectors<A, P, I, S>(s, steps, corners, special, taps, tile, pixels, output, \
-                                        output_row, weight, weight_row, share, share_row)
-  if (share) {
-    if (s.products)
-      s.input ? DCN_WANTED(true, true, true) : DCN_WANTED(true, false, true);
-    else
-      s.input ? DCN_WANTED(false, true, true) : DCN_WANTED(false, false, true);
-  } else {
-    if (s.products)
-      s.input ? DCN_WANTED(true, true, false) : DCN_WANTED(true, false, false);
-    else if (s.input)
-      DCN_WANTED(false, true, false);
-  }
-#undef DCN_WANTED
+  with_variant(s, special, share, [&](auto wanted, auto vectors, auto is_special) {
+    scatter_depthwise_pixels<A, decltype(vectors)::value, decltype(is_special)::value>(
+        wanted, s, steps, corners, taps, tile, pixels, output, output_row, weight, weight_row,
+        share, share_row);
+  });
 }
 
 }  // namespace DCN_ISA

@@ -14,7 +14,19 @@
 
 #define DCN_INLINE static inline __attribute__((always_inline))
 
+/* How many variants of a hot loop are compiled; setup.py says it for each part of a release wheel. */
+#ifndef DCN_VARIANTS
+#define DCN_VARIANTS 2
+#endif
+
 namespace DCN_ISA {
+
+enum {
+  ONE_VARIANT,   /* that does everything, a little slower */
+  SOME_VARIANTS, /* those of common layers; one for the rest */
+  ALL_VARIANTS,
+};
+constexpr int VARIANTS = DCN_VARIANTS; /* all of them give the same bits */
 
 #if DCN_VECTOR_BYTES
 template <class A>
@@ -262,6 +274,19 @@ template <class T>
 DCN_INLINE T *opaque(T *p) {
   __asm__("" : "+r"(p));
   return p;
+}
+
+/* a x + b y with b y rounded: of two products the compiler would fuse either with the sum, and not the
+ * same one under all options. */
+template <class V>
+DCN_INLINE V mixed(V a, V x, V b, V y) {
+  V rounded = b * y;
+#if defined(__aarch64__)
+  __asm__("" : "+w"(rounded));
+#elif defined(__x86_64__)
+  __asm__("" : "+v"(rounded));
+#endif
+  return a * x + rounded;
 }
 
 DCN_INLINE void prefetch(const void *p) { __builtin_prefetch(p); }

@@ -176,16 +176,19 @@ class TestRun:
 class TestNetworks:
     def test_untrained_deformable_layers_look_at_the_grid(self):
         """81 samples of unit (4, 3), in steps of a pooled pixel around the middle of its cell."""
-        from dcnlib.demo import figure, networks
+        import torch
+
+        from dcnlib.analysis import sampling_locations
+        from dcnlib.demo import networks
 
         network = networks.build(networks.DEFORMABLE)
-        points, weight = figure.sampling_points(network, np.zeros((1, 32, 32), np.float32), (4, 3))
+        seen = sampling_locations(network, (4, 3), input=torch.zeros(1, 1, 32, 32))
         steps = np.array([-1, 0, 1])
         axis = np.sort((4 * steps[:, None] + 2 * steps).ravel())
         rows, columns = np.meshgrid(17.5 + axis, 13.5 + axis, indexing="ij")
         expected = sorted(zip(rows.ravel(), columns.ravel(), strict=True))
-        np.testing.assert_allclose(sorted(map(tuple, points)), expected)
-        np.testing.assert_allclose(weight, 1)
+        np.testing.assert_allclose(sorted(map(tuple, seen.locations[0])), expected)
+        np.testing.assert_allclose(seen.weight, 1 / 4)  # two masks of a half
 
     def test_same_reach_and_size(self):
         from dcnlib.demo import networks

@@ -14,8 +14,8 @@
  * Dai et al. 2017, equations 2 to 4 and appendix A; Zhu et al. 2019, equation 1.
  *
  * Phases of a wave of images
- *   0  weights -> panels (first wave), images -> slabs, grad_output -> [pixel][output] and, where its
- *      memory is not that already, [output][pixel]; grad_bias
+ *   0  weights -> panels (first wave), images -> slabs, grad_output -> [pixel][output], unless late,
+ *      and, where its memory is not that already, [output][pixel]; grad_bias
  *   1  the work: a task owns (image, slab of channels, band of pixels) and with it a share of
  *      grad_input, of grad_weight and of the sums of grad_offset and grad_mask: no atomics
  *   2  bands -> grad_input; slabs' shares -> grad_offset, grad_mask
@@ -27,6 +27,9 @@
  *
  * One image: a task packs its slab's weights before its work and finishes their gradients behind it
  * (`alone`), so that neither is written to memory in another form and read again.
+ *
+ * Few slabs, or depthwise: a task turns grad_output tile by tile into its scratch (`late_output`). A
+ * copy of all of it would be written to memory and read again.
  *
  * grad_offset and grad_mask are summed where they belong if one slab alone has a share.
  *
@@ -55,6 +58,7 @@ constexpr int64_t BACKWARD_TILE_PIXELS = 112;
 constexpr int64_t MANY_OUTPUTS = 256;
 constexpr int64_t LARGE_TILE_BYTES = 480 << 10;
 constexpr int64_t LARGE_TILE_PIXELS = 196;
+constexpr int64_t LATE_SLABS = 4;    /* up to which grad_output is turned for each of them */
 constexpr int64_t BAND_PIXELS = 512; /* a band has at least this many */
 constexpr int64_t MOST_BANDS = 4;    /* slabs * bands beyond which slabs alone are enough */
 constexpr int64_t SUM_RUN = 512; /* values of grad_bias summed in A before they go into a double */
@@ -66,6 +70,7 @@ struct Backward {
   bool need_input, need_samples_gradient, need_weight, need_bias;
   bool direct_output;  /* grad_output is [output][pixel] in A already */
   bool need_lines;     /* it is not, and grad_weight wants it so */
+  bool late_output;    /* [pixel][output] is made tile by tile, by the tasks that read it */
   bool direct_samples; /* grad_offset and grad_mask are summed in place */
   bool together;       /* a task takes an image through phases 0 to 2 */
   bool alone;          /* a task takes a slab's weights through phases 0 to 3 */
@@ -74,7 +79,7 @@ struct Backward {
   bool small;          /* positions and indices fit into A's integers */
   int64_t plane;       /* values of a packed slab of an image */
   int64_t columns_row; /* values of a row of columns */
-  int64_t output_row;  /* values of a pixel of the packed grad_output */
+  int64_t output_row;  /* values of a pixel of the packed grad_output; depthwise: of a slab's */
   int64_t output_line; /* values of an output of the packed grad_output, if needed */
   int64_t chunk, tile, tiles, bands, wave;
   int64_t tile_pitch; /* pixels between two taps' rows of corners */
@@ -92,6 +97,7 @@ struct Backward {
     need_bias = wanted & DCN_GRAD_BIAS;
     direct_output = p.layout == DCN_NCHW && p.dtype == (sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
     need_lines = need_weight && !is_depthwise(p) && !direct_output;
+    late_output = is_depthwise(p) || (slabs.count <= LATE_SLABS && !need_lines);
     /* Whether an offset group lies in one slab. */
     const bool one_slab =
         slabs.count == 1 || (slabs.unit <= SLAB && slabs.width % offset_group_in(p) == 0);
@@ -99,8 +105,7 @@ struct Backward {
     small = is_small<A>(p, frame, slabs.pitch);
     plane = frame.pixels * slabs.pitch + LINE / (int64_t)sizeof(A);
     const int64_t pixels = plane_out(p), taps = taps_of(p), size = (int64_t)sizeof(A);
-    output_row = is_depthwise(p) ? row_pitch<A>(p.in_channels)
-                                 : row_pitch<A>(p.out_channels - Vector<A>::lanes);
+    output_row = is_depthwise(p) ? slabs.pitch : row_pitch<A>(p.out_channels - Vector<A>::lanes);
     output_line = round_up(pixels, LINE / size);
     columns_row = is_depthwise(p) ? 0 : columns_pitch(p, slabs);
     chunk = chunk_taps(p, slabs);
@@ -117,8 +122,8 @@ struct Backward {
     bands = min(bands, tiles);
     share_row = is_depthwise(p) ? taps * (slabs.pitch + Vector<A>::lanes) : widest_share();
     pairs = slabs.count + p.offset_groups - 1;
-    int64_t values = slabs.count * plane + output_copies() * pixels * output_row;
-    if (need_lines) values += p.out_channels * output_line;
+    /* The same for every layout, late or not: sums are cut by it. */
+    int64_t values = slabs.count * plane + (is_depthwise(p) ? 0 : pixels * output_row);
     if (need_input) values += slabs.count * bands * plane;
     if (need_samples_gradient && !direct_samples) values += pairs * 3 * taps * pixels;
     const bool is_small_image = values * size <= SMALL_IMAGE;
@@ -128,7 +133,7 @@ struct Backward {
     alone =
         !together && !is_depthwise(p) && p.batch == 1 && bands == 1 && num_threads <= slabs.count;
     pack_tasks = ceil_div(plane_in(p), PACK_PIXELS) * slabs.count;
-    output_tasks = ceil_div(pixels, PACK_PIXELS);
+    output_tasks = late_output ? 0 : ceil_div(pixels, PACK_PIXELS);
     pieces = ceil_div(group_out(p), BIAS_OUTPUTS);
     bias_tasks = need_bias ? ceil_div(p.out_channels, BIAS_OUTPUTS) : 0;
   }
@@ -146,8 +151,7 @@ struct Backward {
     return !need_columns_gradient() ? 0 : is_depthwise(p) ? 1 : weight_slabs() * pieces;
   }
   int64_t weight_slabs() const { return alone ? 1 : slabs.count; } /* whose weights there are */
-  /* Depthwise reads grad_output as [output of a channel][pixel][channel]. */
-  int64_t output_copies() const { return is_depthwise(p) ? group_out(p) : 1; }
+  int64_t output_values() const { return late_output ? 0 : plane_out(p) * output_row; }
   int64_t weight_values() const {
     return is_depthwise(p) ? group_out(p) * taps_of(p) * (p.in_channels + Vector<A>::lanes)
                            : weight_slabs() * group_out(p) * share_row;
@@ -190,7 +194,7 @@ struct BackwardShared {
     Arena &images = b.together ? scratch : arena, &weights = b.alone ? scratch : arena;
     weight = weights.take<A>(b.weight_values());
     slabs = images.take<A>(places * b.slabs.count * b.plane);
-    output = images.take<A>(places * b.output_copies() * pixels * b.output_row);
+    output = images.take<A>(places * b.output_values());
     lines = images.take<A>(!b.need_lines ? 0 : places * p.out_channels * b.output_line);
     input = images.take<A>(b.need_input ? places * b.owners() * b.plane : 0);
     sums = images.take<A>(b.need_sums() ? places * b.pairs * 3 * taps_of(p) * pixels : 0);
@@ -207,6 +211,7 @@ struct BackwardScratch {
   Corners<A> corners;
   A *row, *turned; /* an output's weights of a slab, before and behind a transposition */
   A *columns, *products;
+  A *output; /* of a tile, if late */
   BackwardScratch(const Backward<A> &b, Arena &arena)
       : tile(arena, b.tile_pitch), corners(arena, b.chunk * b.tile_pitch, true) {
     const int64_t values = SLAB * taps_of(b.p) + Vector<A>::lanes;
@@ -214,6 +219,7 @@ struct BackwardScratch {
     turned = arena.take<A>(values);
     columns = arena.take<A>(b.tile * b.columns_row);
     products = arena.take<A>(4 * b.chunk * b.tile_pitch);
+    output = arena.take<A>(b.late_output ? b.tile * b.output_row + Vector<A>::lanes : 0);
   }
 };
 
@@ -385,6 +391,11 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
   for (int64_t tile = first_tile; tile < last_tile; tile++) {
     const int64_t first = tile * b.tile, pixels = min(b.tile, all_pixels - first);
     tile_positions(p, first, pixels, s.tile);
+    const A *output = shared.output + (place * all_pixels + first) * b.output_row;
+    if (b.late_output) output = s.output;
+    if (b.late_output && !depthwise)
+      pack_pixels(tensors.grad_output, p, p.out_channels, all_pixels, image, 0, 1, p.out_channels,
+                  first, pixels, s.output, b.output_row);
     int64_t column =
         0; /* of the offset group's first block in the slab's packed weights and shares */
     for (int64_t c = slab_begin; c < slab_end;) {
@@ -411,8 +422,9 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
             scatter.products = b.need_samples_gradient ? s.products : nullptr;
             scatter.channels = block.count;
             if (depthwise) {
-              const A *output = shared.output +
-                                ((place * outputs + j) * all_pixels + first) * b.output_row + begin;
+              pack_pixels(tensors.grad_output, p, p.out_channels, all_pixels, image,
+                          begin * outputs + j, outputs, block.count, first, pixels, s.output,
+                          b.output_row);
               const int64_t weight_row = p.in_channels + L;
               const int64_t share_tap = b.slabs.pitch + L;
               scatter_depthwise(
@@ -424,10 +436,8 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
               const int64_t chunk_column =
                   next_column + tap / b.chunk * b.chunk_columns(block.count);
               const int64_t vectors = ceil_div(count * block.count, L);
-              const A *output = shared.output + (place * all_pixels + first) * b.output_row +
-                                block.group * outputs;
               if (b.need_columns_gradient())
-                gemm(pixels, vectors, outputs, output, b.output_row,
+                gemm(pixels, vectors, outputs, output + block.group * outputs, b.output_row,
                      weight + chunk_column * outputs, 2 * L, outputs * 2 * L, s.columns,
                      b.columns_row, false);
               scatter_block(scatter, steps, s.corners, special, count, b.tile_pitch, pixels,
@@ -663,12 +673,9 @@ static void prepare_image(const Backward<A> &b, const dcn_tensors &tensors,
   }
   const int64_t first = (task - b.pack_tasks) * PACK_PIXELS;
   const int64_t pixels = min(PACK_PIXELS, plane_out(p) - first);
-  const int64_t copies = b.output_copies();
-  for (int64_t j = 0; j < copies; j++)
-    pack_pixels(tensors.grad_output, p, p.out_channels, plane_out(p), image, j, copies,
-                p.out_channels / copies, first, pixels,
-                shared.output + ((place * copies + j) * plane_out(p) + first) * b.output_row,
-                b.output_row);
+  pack_pixels(tensors.grad_output, p, p.out_channels, plane_out(p), image, 0, 1, p.out_channels,
+              first, pixels, shared.output + (place * plane_out(p) + first) * b.output_row,
+              b.output_row);
   if (!b.need_lines) return;
   A *lines = shared.lines + place * p.out_channels * b.output_line + first;
   if (p.layout == DCN_NHWC)

@@ -47,11 +47,14 @@ struct Visit {
 
   inline __attribute__((always_inline)) Visit(const Scatter<A> &s, const Steps &steps,
                                               const Corners<A> &corners, int64_t at) {
-    const int64_t corner = corners.at[at], step[4] = {0, steps.right, steps.down, steps.both};
+    const int64_t to_input = s.input - s.slab;
+    value[0] = opaque(s.slab + corners.at[at]);
+    value[1] = opaque(value[0] + steps.right);
+    value[2] = opaque(value[0] + steps.down);
+    value[3] = opaque(value[2] + steps.right);
 #pragma GCC unroll 4
     for (int q = 0; q < 4; q++) {
-      value[q] = opaque(s.slab + corner + step[q]);
-      input[q] = opaque(s.input + corner + step[q]);
+      input[q] = opaque((A *)value[q] + to_input);
       weight[q] = splat(corners.weight[q][at]);
       products[q] = V{};
     }
@@ -217,9 +220,6 @@ static void scatter_depthwise_pixels(const Want wanted, const Scatter<A> &block,
   for (int64_t i = 0; i < pixels; i++, output += output_row) {
     const A *w = weight;
     A *sum = share;
-    /* Rows of grad_output lie further apart than the processor foresees. */
-    for (int64_t c = 0; c < s.channels; c += LINE / (int64_t)sizeof(A))
-      prefetch(output + 2 * output_row + c);
     for (int64_t t = 0, at = i; t < taps; t++, at += tile, w += weight_row, sum += share_row) {
       if (corners.state[at] == EDGE) {
         if (wanted.products)

@@ -122,6 +122,8 @@ void run_member(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, char *
   const dcn_cpu_plan &plan = *call->plan;
   const int me = omp_get_thread_num(), members = omp_get_num_threads();
   scratch += me * plan.scratch_bytes;
+  int64_t last = plan.phases - 1;
+  while (last > 0 && plan.tasks[last] == 0) last--;
   int parity = 0;
   for (int64_t wave = 0; wave < plan.waves; wave++)
     for (int64_t phase = 0; phase < plan.phases; phase++) {
@@ -137,6 +139,7 @@ void run_member(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, char *
           kernel->run(call, wave, phase, task, scratch);
         }
       }
+      if (wave == plan.waves - 1 && phase == last) return; /* the region's end is a barrier */
       parity = !parity;
       /* Nobody has looked at these since the barrier before. */
       __atomic_store_n(&taken[me].tasks[parity], 0, __ATOMIC_RELAXED);

@@ -84,9 +84,9 @@ if RELEASE:
         old = isa == "baseline" and X86  # of processors before 2013
         PART_FLAGS[isa, CONV] = SMALL if old else FAST
         if isa not in BORROWED:
-            PART_FLAGS[isa, POOL] = SMALL
             PART_FLAGS[isa, RESAMPLE] = SMALL if old else FAST
-            PART_FLAGS[isa, DOUBLE] = SMALL
+            # One instruction set alone has room for speed here, too.
+            PART_FLAGS[isa, POOL] = PART_FLAGS[isa, DOUBLE] = SMALL if X86 else FAST
 else:
     PART_FLAGS = {(isa, part): [] for isa in KERNELS for part in PARTS}
 

@@ -25,7 +25,7 @@ EMULATORS = ("qemu-aarch64-static", "qemu-aarch64")
 DEBIAN = ("python3-minimal", "libpython3-stdlib", "libgomp1", "libstdc++6")
 WHEELS = ("numpy", "pytest", "hypothesis", "ml_dtypes", "safetensors")
 #: 200 random configurations and the named ones of the exact lattice in all dtypes, values at borders
-#: and of no number, threads, import order.
+#: and of no number, threads, import order: a quarter of an hour.
 SUBSET = (
     *(f"tests/test_lattice.py::test_random_configurations[{first}]" for first in range(0, 200, 50)),
     "tests/test_lattice.py::test_named_problem", "tests/test_conv2d.py", "tests/test_values.py",

@@ -46,6 +46,7 @@ times = []
 for _ in range(9):
     start = clock(); call(); times.append(clock() - start)
 found["ms"] = 1e3 * min(times)
+found["calls"] = rss("VmHWM") - before
 print(json.dumps(found))
 """
 
@@ -152,6 +153,7 @@ def main(other: str = sys.executable, *names: str) -> None:
             f"{1e3 * one['import_s']:.0f} ms",
             f"{one['rss'] - one['numpy_rss']:.0f} MB",
             f"{one['layer']:.0f} MB",
+            f"{one['calls']:.0f} MB",
             f"{one['first_ms']:.0f} ms",
             f"{one['ms']:.0f} ms",
             f"{two['ms']:.0f} ms",
@@ -160,7 +162,7 @@ def main(other: str = sys.executable, *names: str) -> None:
         print(name, one, two, halves, file=sys.stderr, flush=True)
     heads = [
         "installed", "import, over NumPy's", "memory after import, over NumPy's",
-        "memory of the layer, result included", "first call, 1 thread", "then", "2 threads",
+        "memory of the layer, result included", "of ten calls", "first call, 1 thread", "then", "2 threads",
         "float16, 2 threads", "bfloat16, 2 threads",
     ]  # fmt: skip
     print("| | " + " | ".join(rows) + " |")

@@ -16,8 +16,10 @@
  * 0 into NaN. It stays in `rest` (1 elsewhere), and who samples multiplies by it if there is one.
  *
  * Dai et al. 2017, equations 2 to 4; Zhu et al. 2019, equation 1. Computed for one tap and a tile of
- * pixels at once, whole vectors of pixels: 2 to 3 cycles a position with AVX-512. Rows of a tile are
- * `tile` values apart, a multiple of the vector. 8 + 9 * sizeof(A) bytes a position and tap.
+ * pixels at once, whole vectors of pixels: 2 to 3 cycles a position with AVX-512. The forward pass wants
+ * corners and weights only, and leaves the weights of what is `nowhere` as they come: finite, or NaN.
+ * Rows of a tile are `tile` values apart, a multiple of the vector. 8 + 9 * sizeof(A) bytes a position
+ * and tap.
  */
 #ifndef DCN_BILINEAR_H
 #define DCN_BILINEAR_H
@@ -93,6 +95,12 @@ struct Tile {
   }
 };
 
+/* A tap's offsets and mask: whole vectors can be read. */
+template <class A>
+struct Moves {
+  const A *y, *x, *mask;
+};
+
 /* Whether all positions and all indices into a slab fit into I with room to spare. */
 template <class A>
 DCN_INLINE bool is_small(const dcn_params &p, const Frame &frame, int64_t pitch) {
@@ -128,7 +136,8 @@ static void tile_positions(const dcn_params &p, int64_t first, int64_t count, co
  * exactly at -1 keep the corners that the right-hand derivative needs; without, they are outside. */
 template <class A, bool backward>
 static bool tap_corners(const dcn_params &p, const Frame &frame, int64_t tap, const Tile<A> &tile,
-                        int64_t count, int64_t pitch, const Corners<A> &corners, int64_t row) {
+                        const Moves<A> &moves, int64_t count, int64_t pitch,
+                        const Corners<A> &corners, int64_t row) {
   typedef typename Integer<A>::type I;
   const int64_t shift_y = tap / p.kernel_w * p.dilation_h,
                 shift_x = tap % p.kernel_w * p.dilation_w;
@@ -136,7 +145,7 @@ static bool tap_corners(const dcn_params &p, const Frame &frame, int64_t tap, co
   const A far = A(1099511627776.0); /* 2^40: beyond any position, exact in an int64 */
   bool special = false;
   for (int64_t i = 0; i < count; i++) {
-    const A oy = tile.offset_y[i], ox = tile.offset_x[i], m = tile.mask[i];
+    const A oy = moves.y[i], ox = moves.x[i], m = moves.mask[i];
     A cy = oy < far ? oy : far, cx = ox < far ? ox : far; /* NaN goes far out too */
     cy = cy > -far ? cy : -far;
     cx = cx > -far ? cx : -far;
@@ -174,8 +183,8 @@ static bool tap_corners(const dcn_params &p, const Frame &frame, int64_t tap, co
 /* The same for whole vectors of pixels, positions and indices in I. */
 template <class A, bool backward>
 static bool tap_corners_small(const dcn_params &p, const Frame &frame, int64_t tap,
-                              const Tile<A> &tile, int64_t count, int64_t pitch,
-                              const Corners<A> &corners, int64_t row) {
+                              const Tile<A> &tile, const Moves<A> &moves, int64_t count,
+                              int64_t pitch, const Corners<A> &corners, int64_t row) {
   typedef typename Integer<A>::type I;
   typedef typename Vector<A>::V V;
   typedef typename Vector<A>::Mask M;
@@ -190,12 +199,40 @@ static bool tap_corners_small(const dcn_params &p, const Frame &frame, int64_t t
   const I shift_x = (I)(tap % p.kernel_w * p.dilation_w);
   const I H = (I)p.in_h, W = (I)p.in_w;
   const U frame_row = U{} + (unsigned)frame.row, step = U{} + (unsigned)pitch;
+  const U below = (U)(M{} + shift_y + 1), right = (U)(M{} + shift_x + 1);
   const A limit = sizeof(A) == 8 ? A(1099511627776.0) : A(67108864.0); /* 2^40, 2^26 */
   const V far = splat(limit), one = splat(A(1)), zero = V{};
   const M nowhere = M{} + (I)(frame.nowhere * pitch);
   M special = M{};
   for (int64_t i = 0; i < count; i += L) {
-    const V oy = load(tile.offset_y + i), ox = load(tile.offset_x + i), m = load(tile.mask + i);
+    const V oy = load(moves.y + i), ox = load(moves.x + i), m = load(moves.mask + i);
+    const M finite = (m - m) == zero;
+    const V fold = finite ? m : one;
+    const int64_t at = row + i;
+    store(corners.rest + at, finite ? one : m);
+    special |= i + L <= count ? ~finite : ~finite & first_lanes<A>((int)(count - i));
+    if (!backward) {
+      V cy = oy > far ? far : oy, cx = ox > far ? far : ox; /* NaN stays NaN */
+      cy = cy < -far ? -far : cy;
+      cx = cx < -far ? -far : cx;
+      M iy = __builtin_convertvector(cy, M), ix = __builtin_convertvector(cx, M);
+      iy += __builtin_convertvector(iy, V) > cy; /* true is -1 */
+      ix += __builtin_convertvector(ix, V) > cx;
+      const V ly = cy - __builtin_convertvector(iy, V), lx = cx - __builtin_convertvector(ix, V);
+      const V hx = one - lx, top = (one - ly) * fold, bottom = ly * fold;
+      /* Rows and columns counted from -1 on, which with a fraction of 0 is outside. */
+      const U y = (U) * (const MaskUnaligned *)(tile.small_y + i) + (U)iy + below;
+      const U x = (U) * (const MaskUnaligned *)(tile.small_x + i) + (U)ix + right;
+      const M inside =
+          (y <= (unsigned)H) & (x <= (unsigned)W) & ((y | (U)ly) != 0) & ((x | (U)lx) != 0);
+      const M index = inside ? (M)((y * frame_row + x) * step) : nowhere;
+      *(WideUnaligned *)(corners.at + at) = __builtin_convertvector(index, Wide);
+      store(corners.weight[0] + at, top * hx);
+      store(corners.weight[1] + at, top * lx);
+      store(corners.weight[2] + at, bottom * hx);
+      store(corners.weight[3] + at, bottom * lx);
+      continue;
+    }
     V cy = oy < far ? oy : far, cx = ox < far ? ox : far;
     cy = cy > -far ? cy : -far;
     cx = cx > -far ? cx : -far;
@@ -208,28 +245,22 @@ static bool tap_corners_small(const dcn_params &p, const Frame &frame, int64_t t
     const M cell = (y >= -1) & (y < H) & (x >= -1) & (x < W);
     const M edge = ((y == -1) & (ly == zero)) | ((x == -1) & (lx == zero));
     const M value = cell & ~edge;
-    const M nan = (oy != oy) | (ox != ox), finite = (m - m) == zero;
+    const M nan = (oy != oy) | (ox != ox);
     const V bad = oy + ox;
-    const V fold = finite ? m : one;
     const V hx = one - lx, top = (one - ly) * fold, bottom = ly * fold;
     const M inside = (M)((((U)y + 1) * frame_row + ((U)x + 1)) * step);
-    const M index = (backward ? cell : value) & ~nan ? inside : nowhere;
-    const int64_t at = row + i;
+    const M index = cell & ~nan ? inside : nowhere;
     *(WideUnaligned *)(corners.at + at) = __builtin_convertvector(index, Wide);
     store(corners.weight[0] + at, nan ? bad : value ? top * hx : zero);
     store(corners.weight[1] + at, nan ? bad : value ? top * lx : zero);
     store(corners.weight[2] + at, nan ? bad : value ? bottom * hx : zero);
     store(corners.weight[3] + at, nan ? bad : value ? bottom * lx : zero);
-    store(corners.rest + at, finite ? one : m);
-    special |= ~finite;
-    if (backward) {
-      store(corners.mask + at, m);
-      store(corners.fraction[0] + at, ly);
-      store(corners.fraction[1] + at, lx);
-      const M inside_state = M{} + (I)INSIDE, edge_state = M{} + (I)EDGE;
-      const M state = value ? inside_state : cell ? edge_state : M{};
-      *(MaskUnaligned *)(corners.state + at) = nan ? M{} + (I)NOT_A_NUMBER : state;
-    }
+    store(corners.mask + at, m);
+    store(corners.fraction[0] + at, ly);
+    store(corners.fraction[1] + at, lx);
+    const M inside_state = M{} + (I)INSIDE, edge_state = M{} + (I)EDGE;
+    const M state = value ? inside_state : cell ? edge_state : M{};
+    *(MaskUnaligned *)(corners.state + at) = nan ? M{} + (I)NOT_A_NUMBER : state;
   }
   for (int64_t i = 1; i < L; i++) special[0] |= special[i];
   return special[0] != 0;
@@ -251,22 +282,31 @@ static bool chunk_corners(const dcn_params &p, const dcn_tensors &tensors, const
     for (int64_t i = 0; i < tile_pitch; i++) tile.mask[i] = 1;
   if (!tensors.offset)
     for (int64_t i = 0; i < tile_pitch; i++) tile.offset_y[i] = tile.offset_x[i] = 0;
+  /* In place, if they have the type and behind the last one there is something to read. */
+  const int64_t all = p.batch * p.offset_groups * taps_of(p) * plane;
+  const auto row = [&](const void *tensor, int64_t index, int64_t values, A *copy) -> const A * {
+    if (is_direct<A>(p) && index + round_up(count, Vector<A>::lanes) <= values)
+      return (const A *)tensor + index;
+    read_row(tensor, p.dtype, index, 1, count, copy);
+    return copy;
+  };
+  Moves<A> moves = {tile.offset_y, tile.offset_x, tile.mask};
   for (int64_t t = 0; t < taps; t++) {
     const int64_t k = channel + tap + t;
     if (tensors.offset) {
-      read_row(tensors.offset, p.dtype, 2 * k * plane + first, 1, count, tile.offset_y);
-      read_row(tensors.offset, p.dtype, (2 * k + 1) * plane + first, 1, count, tile.offset_x);
+      moves.y = row(tensors.offset, 2 * k * plane + first, 2 * all, tile.offset_y);
+      moves.x = row(tensors.offset, (2 * k + 1) * plane + first, 2 * all, tile.offset_x);
     }
-    if (tensors.mask) read_row(tensors.mask, p.dtype, k * plane + first, 1, count, tile.mask);
+    if (tensors.mask) moves.mask = row(tensors.mask, k * plane + first, all, tile.mask);
 #if DCN_VECTOR_BYTES
     if (small) {
-      special |= tap_corners_small<A, backward>(p, frame, tap + t, tile, count, pitch, corners,
-                                                t * tile_pitch);
+      special |= tap_corners_small<A, backward>(p, frame, tap + t, tile, moves, count, pitch,
+                                                corners, t * tile_pitch);
       continue;
     }
 #endif
-    special |=
-        tap_corners<A, backward>(p, frame, tap + t, tile, count, pitch, corners, t * tile_pitch);
+    special |= tap_corners<A, backward>(p, frame, tap + t, tile, moves, count, pitch, corners,
+                                        t * tile_pitch);
   }
   return special;
 }

@@ -13,8 +13,9 @@
  * A tile is sampled and multiplied strip by strip: the columns of a strip are read again while they are
  * in the first-level cache or next to it, and the weights, which every strip reads, stay in the second.
  *
- * Weights that meet one tile only are not worth a copy in memory: each panel is packed where its tile
- * multiplies it, into the cache, after the whole tile is sampled (`late`). Threads share the panels.
+ * Weights that meet one tile only (two in float64) are not worth a copy in memory: each panel is packed
+ * where its tile multiplies it, into the cache, after the whole tile is sampled (`late`). Threads share
+ * the panels.
  *
  * Layouts, in the thread's scratch
  *   columns [strip, late: tile][columns_pitch]     up to 576 columns: tap-major, a block's channels innermost
@@ -84,7 +85,9 @@ struct Forward {
     tile = max((int64_t)2 * ROWS, min(tile, TILE_COLUMN / (int64_t)sizeof(A)));
     tiles = ceil_div(pixels, tile);
     const int64_t batch = max(p.batch, (int64_t)1);
-    late = !is_depthwise(p) && chunk == taps_of(p) && tiles * batch == 1 &&
+    /* What is one tile in float32 is two in float64. */
+    late = !is_depthwise(p) && chunk == taps_of(p) &&
+           tiles * batch <= (int64_t)(sizeof(A) / sizeof(float)) &&
            p.groups * panels * depth * 2 * L * (int64_t)sizeof(A) >= LATE_BYTES;
     parts = late ? min(panels, (int64_t)num_threads) : 1;
     /* Few tiles: more and smaller ones, so that threads end together; then as many for each. */

@@ -43,18 +43,23 @@ static void gemm_registers(int64_t depth, const A *a, int64_t lda, const A *b, i
     for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
       for (int n = 0; n < N; n++) prefetch(c + m * ldc + n * L);
+  constexpr int BASES = (M + 2) / 3; /* a register for every three rows, and one for the step */
+  const A *base[BASES];
+#pragma GCC unroll 5
+  for (int i = 0; i < BASES; i++) base[i] = opaque(a + 3 * i * lda);
   for (int64_t k = 0; k < depth; k++) { /* the hot loop */
     V row[N];
 #pragma GCC unroll 2
     for (int n = 0; n < N; n++) row[n] = load(b + n * L);
-    const A *column = a + k;
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      const A value = column[m * lda];
+      const A value = base[m / 3][m % 3 * lda];
 #pragma GCC unroll 2
       for (int n = 0; n < N; n++) acc[m][n] += value * row[n];
     }
     b += ldb;
+#pragma GCC unroll 5
+    for (int i = 0; i < BASES; i++) base[i] = opaque(base[i] + 1);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; m++)

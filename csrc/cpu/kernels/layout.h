@@ -17,12 +17,6 @@
 
 namespace DCN_ISA {
 
-/* Whether tensors hold the arithmetic type itself. */
-template <class A>
-DCN_INLINE bool is_direct(const dcn_params &p) {
-  return p.dtype == (sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
-}
-
 /* Whether whole vectors of A can be loaded from tensors and stored to them: their type is A's or, for
  * float, one of 16 bits. */
 template <class A>

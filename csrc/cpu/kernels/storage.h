@@ -237,6 +237,12 @@ DCN_INLINE void store_stored(void *memory, int dtype, int64_t index, typename Ve
 #endif
 }
 
+/* Whether tensors hold the arithmetic type itself. */
+template <class A>
+DCN_INLINE bool is_direct(const dcn_params &p) {
+  return p.dtype == (sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
+}
+
 DCN_INLINE int64_t bytes_of(int dtype) {
   return dtype == DCN_FLOAT64 ? 8 : dtype == DCN_FLOAT32 ? 4 : 2;
 }

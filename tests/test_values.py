@@ -396,6 +396,18 @@ def test_infinite_pixel_next_to_whole_positions(dtype, backend):
     np.testing.assert_array_equal(output, [[nan, nan, 1], [nan, np.inf, 1], [1, 1, 1]])
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.0], ids=["plus", "minus"])
+def test_infinite_image_beside_zero_offsets(zero, dtype, backend):
+    """Row and column -1 read nothing, whatever the sign of the zero that leads there."""
+    x = np.full((1, 1, 3, 17), np.inf)
+    offset = np.full((1, 2, 5, 19), zero)
+    call = Call(
+        x, offset, np.ones((1, 1, 1, 1)), None, None, np.ones((1, 1, 5, 19)), padding=(1,) * 4
+    )
+    output = call.astype(dtype).forward(backend)[0, 0]
+    assert not output[[0, -1]].any() and not output[:, [0, -1]].any()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=["nan", "inf"])
 def test_outside_samples_have_no_gradient(value, dtype, backend):
     """Gradients of the offset and mask of a sample outside are 0, whatever they would multiply."""

@@ -223,8 +223,8 @@ static bool tap_corners_small(const dcn_params &p, const Frame &frame, int64_t t
       /* Rows and columns counted from -1 on, which with a fraction of 0 is outside. */
       const U y = (U) * (const MaskUnaligned *)(tile.small_y + i) + (U)iy + below;
       const U x = (U) * (const MaskUnaligned *)(tile.small_x + i) + (U)ix + right;
-      const M inside =
-          (y <= (unsigned)H) & (x <= (unsigned)W) & ((y | (U)ly) != 0) & ((x | (U)lx) != 0);
+      const M inside = (y <= (unsigned)H) & (x <= (unsigned)W) & ((y != 0) | (ly != zero)) &
+                       ((x != 0) | (lx != zero));
       const M index = inside ? (M)((y * frame_row + x) * step) : nowhere;
       *(WideUnaligned *)(corners.at + at) = __builtin_convertvector(index, Wide);
       store(corners.weight[0] + at, top * hx);

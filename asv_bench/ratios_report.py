@@ -257,13 +257,8 @@ def figure(report: dict[str, Row], path: Path) -> None:
                 left = place + (i - (len(present) - 1) / 2) * width
                 ax.bar(left, value - 0.5, width * 0.94, bottom=0.5, color=colours[name],
                        label=names[name] if place == 0 else None)  # fmt: skip
-                label = (
-                    f"{value:.2f}"
-                    if value < 2.95
-                    else f"{value:.1f}"
-                    if value < 9.95
-                    else f"{value:.0f}"
-                )
+                digits = 2 if value < 2.95 else 1 if value < 9.95 else 0
+                label = f"{value:.{digits}f}"
                 ax.text(left, value * 1.05, label, ha="center", va="bottom", fontsize=6.5)
         ax.axhline(1, color="#22303c", lw=1, label="plain conv2d")
         ax.set_yscale("log")

@@ -65,7 +65,7 @@ def deform_conv2d(*arguments: Any) -> Tensor:
     tensors = arguments[:4] + arguments[7:8]
     if not _is_plain(tensors):
         return forward_operator(*arguments)
-    if torch.is_grad_enabled() and _requires_grad(tensors):
+    if _is_recorded(tensors):
         return _Forward.apply(None, *tensors, arguments[4:7], arguments[8:])
     return kernels.forward(*arguments)
 
@@ -75,7 +75,7 @@ def deform_conv2d_backward(*arguments: Any) -> tuple[Tensor, ...]:
     tensors = arguments[:5] + arguments[8:9]
     if not _is_plain(tensors):
         return backward_operator(*arguments)
-    if torch.is_grad_enabled() and _requires_grad(tensors):
+    if _is_recorded(tensors):
         return _backward(None, *arguments)
     return kernels.backward(*arguments)
 
@@ -98,12 +98,12 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _may_record(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether somebody may ask for derivatives by one of these."""
+    """Whether somebody may ask for derivatives by one of these: autograd, a transform, a trace."""
     return (
         torch.compiler.is_compiling()
         or _are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and _requires_grad(tensors))
+        or _is_recorded(tensors)
     )
 
 
@@ -117,7 +117,7 @@ def _forward(
         call = problem(FORWARD, None, input, offset, weight, bias, *place, mask, *options)
         with _as_typed(input):
             return composite.forward(call, *tensors)
-    if torch.is_grad_enabled() and _requires_grad(tensors):
+    if _is_recorded(tensors):
         return _record(_Forward, keyset, *tensors, place, options)
     return _below(
         forward_operator,
@@ -138,7 +138,7 @@ def _backward(
         with _as_typed(input):
             grads = composite.backward(call, *tensors, output_mask)
         return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
-    if torch.is_grad_enabled() and _requires_grad(tensors):
+    if _is_recorded(tensors):
         return _record(_Backward, keyset, *tensors, bias, place, options, output_mask)
     return _below(
         backward_operator,
@@ -223,8 +223,10 @@ def _has_tangents(tensors: tuple[Tensor | None, ...]) -> bool:
     )
 
 
-def _requires_grad(tensors: tuple[Tensor | None, ...]) -> bool:
-    return True in [t.requires_grad for t in tensors if t is not None]  # faster than any(...)
+def _is_recorded(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd records a call with these."""
+    # A list is faster than any(...).
+    return torch.is_grad_enabled() and True in [t.requires_grad for t in tensors if t is not None]
 
 
 def _as_typed(tensor: Tensor) -> AbstractContextManager:

@@ -124,9 +124,9 @@ class Operator:
     def _shortest(operator, run, places, arguments):
         """A call by the dispatcher, or past it where that finds `run` and nothing else."""
         tensors = [arguments[i] for i in places]
-        if autograd._may_record(tensors) or not autograd._is_plain(tensors):
-            return operator(*arguments)
-        return run(*arguments)
+        if autograd._is_plain(tensors) and not autograd._is_recorded(tensors):
+            return run(*arguments)
+        return operator(*arguments)
 
     def problem(
         self, op: str, call: Call, symbolic: bool = True, channels_last: bool = False
@@ -356,7 +356,7 @@ class Operator:
             problem = self.problem(self.name, call)
             with autograd._as_typed(call["input"]):
                 return self.compose(problem, call)
-        if torch.is_grad_enabled() and autograd._requires_grad(tensors):
+        if autograd._is_recorded(tensors):
             return autograd._record(
                 _Forward, keyset, self, call, *(call[name] for name in self.tensors)
             )
@@ -371,7 +371,7 @@ class Operator:
             with autograd._as_typed(call["input"]):
                 grads = self.compose_backward(problem, call, output_mask)
             return tuple(call["input"].new_empty(0) if g is None else g for g in grads)
-        if torch.is_grad_enabled() and autograd._requires_grad(tensors):
+        if autograd._is_recorded(tensors):
             names = ("grad_output", *self.tensors)
             return autograd._record(_Backward, keyset, self, call, *(call[name] for name in names))
         return autograd._below(self.backward_operator, keyset, *call.values())

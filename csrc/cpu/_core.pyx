@@ -21,7 +21,6 @@ cdef extern from "<stdlib.h>" nogil:
     int posix_memalign(void **memory, size_t alignment, size_t bytes)
 
 cdef enum:
-    LINE = 64  # bytes of a cache line: what workspaces are aligned to
     # Multiply-adds that are worth another thread: some 20 microseconds of one core. Waking a team
     # costs 5 to 15.
     WORK_OF_A_THREAD = 1 << 20
@@ -89,7 +88,7 @@ cdef class PackedWeight:
         memset(&tensors, 0, sizeof(tensors))
         tensors.weight = address(weight, False)
         self.kernel.plan(&params, DCN_FORWARD, 0, 1, &plan)
-        if posix_memalign(&self.memory, LINE, plan.weight_bytes + LINE) != 0:
+        if posix_memalign(&self.memory, DCN_LINE, plan.weight_bytes + DCN_LINE) != 0:
             self.memory = NULL
             raise MemoryError(
                 "dcnlib: packed weight: does not fit into memory; "
@@ -98,7 +97,7 @@ cdef class PackedWeight:
         call.params, call.tensors, call.plan = &params, &tensors, &plan
         call.direction, call.shared, call.packed = DCN_FORWARD, self.memory, NULL
         with nogil:
-            memset(self.memory, 0, plan.weight_bytes + LINE)
+            memset(self.memory, 0, plan.weight_bytes + DCN_LINE)
             for task in range(plan.weight_tasks):
                 self.kernel.run(&call, 0, 0, task, NULL)
 
@@ -313,9 +312,9 @@ cdef int execute(
 
 cdef void *workspace(const dcn_cpu_plan *plan, int threads, size_t *bytes) noexcept nogil:
     # What the call shares, then the scratch of each thread; NULL if there is no memory.
-    bytes[0] = scratch_at(plan, threads) + LINE
+    bytes[0] = scratch_at(plan, threads) + DCN_LINE
     return dcn_workspace_take(bytes[0])
 
 
 cdef inline size_t scratch_at(const dcn_cpu_plan *plan, int thread) noexcept nogil:
-    return (plan.shared_bytes + LINE - 1) // LINE * LINE + thread * plan.scratch_bytes
+    return (plan.shared_bytes + DCN_LINE - 1) // DCN_LINE * DCN_LINE + thread * plan.scratch_bytes

@@ -53,6 +53,8 @@ cdef extern from "threads.h" nogil:
     int dcn_threads_openmp()
 
 cdef extern from "workspace.h" nogil:
+    enum:
+        DCN_LINE
     void *dcn_workspace_take(size_t bytes)
     void dcn_workspace_give(void *memory)
     void dcn_workspace_keep(size_t bytes)

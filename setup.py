@@ -67,7 +67,7 @@ BORROWED: dict[str, str] = {}
 #: Beyond KERNELS, of a part for an instruction set; a part that is not there is not compiled.
 PART_FLAGS: dict[tuple[str, int], list[str]] = {}
 if RELEASE:
-    # A wheel has half a megabyte. All options give the same bits; what they cost in speed:
+    # A wheel is to have half a megabyte. All options give the same bits; what they cost in speed:
     #   FAST   of -O3's loops hand-vectorised ones keep their speed; loops that the compiler vectorises
     #          need the cost model of -O3. float32, both directions, within 2 % of the default build
     #   SMALL  float64, a tenth to a third slower; RoI pooling a seventh

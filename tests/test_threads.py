@@ -241,7 +241,6 @@ def test_exit_during_a_call():
 
 COUNT = """
 import os
-import platform
 import numpy as np
 import dcnlib
 from dcnlib import testing

@@ -24,9 +24,8 @@
 namespace DCN_ISA {
 
 constexpr int64_t RESAMPLE_TILE = 256;
-constexpr int64_t RESAMPLE_LANES =
-    16; /* vectorised loops run over a multiple: no rest to loop over */
-constexpr int64_t RESAMPLE_PIECE = 4096;    /* pixels of a forward task */
+constexpr int64_t RESAMPLE_LANES = 16;   /* vectorised loops run over a multiple, without a rest */
+constexpr int64_t RESAMPLE_PIECE = 4096; /* pixels of a forward task */
 constexpr int64_t WORK_OF_A_POSITION = 200; /* multiply-adds that a position is worth */
 
 /* A tile of positions. I is the type of places in a plane: int32_t where they fit. */

@@ -160,9 +160,10 @@ class _Watch(TorchFunctionMode):
         if torch.is_grad_enabled() and not offset.requires_grad:
             arguments["offset"] = offset.detach().requires_grad_()  # a constant has no gradient
         output = func(**arguments)
-        reads = self.made_from.get(arguments["input"])
-        call = Call(self.active[-1] if self.active else "", kind, arguments, output)
-        call.reads, call.predicted_by = reads, predicted_by
+        call = Call(
+            self.active[-1] if self.active else "", kind, arguments, output,
+            reads=self.made_from.get(arguments["input"]), predicted_by=predicted_by,
+        )  # fmt: skip
         self.calls.append(call)
         return output
 

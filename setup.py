@@ -9,6 +9,7 @@ DCNLIB_CUDA_ARCHS        its architectures, "80 90+ptx": machine code for both, 
                          default: those of the GPUs that are here, "90+ptx" where there are none
 CUDACXX, CUDA_HOME, CUDA_PATH   where nvcc is, if not on the PATH, in /usr/local/cuda or from pip
 DCNLIB_WERROR=1          compiler warnings are errors
+DCNLIB_SYMBOLS=1         functions keep their names, for profilers
 DCNLIB_RELEASE=1         for wheels: cp311-abi3, one for Python 3.11 and all later ones, and small
 CC, CXX, LDSHARED, LDCXXSHARED, _PYTHON_HOST_PLATFORM   of another machine, for a cross build
 """
@@ -62,6 +63,7 @@ if X86:
 #: What each kernel file is compiled to, one object a part: DCN_PART of kernel_table.inc.
 CONV, POOL, RESAMPLE, DOUBLE = PARTS = (1, 2, 3, 4)
 RELEASE = os.environ.get("DCNLIB_RELEASE") == "1"
+SYMBOLS = os.environ.get("DCNLIB_SYMBOLS") == "1"
 #: The instruction set whose kernels another one takes for everything but CONV.
 BORROWED: dict[str, str] = {}
 #: Beyond KERNELS, of a part for an instruction set; a part that is not there is not compiled.
@@ -133,7 +135,9 @@ class BuildExt(build_ext):
         if os.environ.get("DCNLIB_WERROR") == "1":
             flags.append("-Werror")
         ext.extra_compile_args = [*flags, "-Wno-unused-function", *(["-Os"] if RELEASE else [])]
-        ext.extra_link_args = ["-Wl,-z,relro,-z,now,-z,noexecstack", "-Wl,-s"]
+        ext.extra_link_args = ["-Wl,-z,relro,-z,now,-z,noexecstack"]
+        if not SYMBOLS:
+            ext.extra_link_args.append("-Wl,-s")
         if ext.name == CUDA_MODULE:
             ext.extra_objects = self.cuda_objects
             ext.libraries = ["rt", "pthread", "dl"]  # of the static CUDA runtime
@@ -222,7 +226,7 @@ class BuildExt(build_ext):
     def settings_changed(self) -> bool:
         """Whether flags or compiler differ from the last build: setuptools looks at times alone."""
         settings = [CXX_FLAGS, KERNEL_FLAGS, KERNELS, repr(PART_FLAGS), BORROWED, self.openmp,
-                    self.compiler.compiler_so_cxx, RELEASE,
+                    self.compiler.compiler_so_cxx, RELEASE, SYMBOLS,
                     os.environ.get("DCNLIB_WERROR", "")]  # fmt: skip
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         stamp = Path(self.build_temp) / "settings"

@@ -2,11 +2,12 @@
 
     python asv_bench/ratios.py                        the classes of layers, on this machine
     python asv_bench/ratios.py --part dtypes          or layout, isas, threads, overhead, memory,
-                                                      peers; "all" takes them all
+                                                      stages, peers; "all" takes them all
     python asv_bench/ratios.py --only "depthwise"     the layers whose class or name matches
     python asv_bench/ratios.py --json FILE            adds what was measured to FILE
     python asv_bench/ratios.py --show FILE            prints FILE without measuring
     python asv_bench/ratios.py --show FILE --markdown README.md --figure docs/figures/speed.png
+    python asv_bench/ratios.py --show FILE --stages docs/figures/stages.png
 
 Every figure is a ratio within one process and is taken at one thread in processor time: the two
 sides run in turns, each turn gives a ratio, the median counts. conv2d is called as users call it:
@@ -42,6 +43,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for a checkout that
 
 import dcnlib
 import ratios_report
+import ratios_stages
 from benchmarks import memory, rivals
 from dcnlib import _bench
 from dcnlib._bench import PASSES, Layer, arrays, measure, one_thread, ratio
@@ -419,6 +421,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "threads": threads,
     "overhead": overhead,
     "memory": memories,
+    "stages": ratios_stages.stages,
     "peers": peers,
 }
 
@@ -516,7 +519,9 @@ def main(arguments: list[str] | None = None) -> int:
         write_block(options.markdown, _bench.BLOCK, ratios_report.markdown(report))
     if options.figure:
         ratios_report.figure(report, Path(options.figure))
-    if not (options.markdown or options.figure):
+    if options.stages:
+        ratios_report.stages_figure(report, Path(options.stages))
+    if not (options.markdown or options.figure or options.stages):
         print(ratios_report.text(report))
     return 0
 
@@ -535,7 +540,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--show", metavar="FILE")
     parser.add_argument("--markdown", metavar="FILE", help="write the table between its markers")
-    parser.add_argument("--figure", metavar="FILE")
+    parser.add_argument("--figure", metavar="FILE", help="speed beside the others")
+    parser.add_argument("--stages", metavar="FILE", help="where the time goes")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     return parser

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from dcnlib._bench import PASSES, Layer
 from dcnlib._markdown import table
 from ratios_layers import CLASSES, GOALS, PEERS, SLACK
+from ratios_stages import STAGES
 
 Row = dict[str, Any]
 
@@ -158,6 +159,18 @@ def _memory_text(rows: list[Row]) -> list[str]:
     return lines
 
 
+def _stages_text(rows: list[Row]) -> list[str]:
+    lines = ["per cent of the time of a call; its time over conv2d's", "",
+             f"{'layer':<52}{'pass':<20}{'ms':>9}{'ratio':>7}"
+             + "".join(f"{stage:>14}" for stage in STAGES)]  # fmt: skip
+    for row in rows:
+        cells = "".join(f"{100 * row['shares'][stage]:>14.1f}" for stage in STAGES)
+        lines.append(
+            f"{row['layer']:<52}{row['pass']:<20}{row['ms']:>9.3f}{row['ratio']:>7.2f}" + cells
+        )
+    return lines
+
+
 def _peers_text(rows: list[Row]) -> list[str]:
     if not rows:
         return ["none could be imported"]
@@ -187,6 +200,7 @@ _TEXTS = {
     "threads": _threads_text,
     "overhead": _overhead_text,
     "memory": _memory_text,
+    "stages": _stages_text,
     "peers": _peers_text,
 }
 
@@ -279,4 +293,38 @@ def figure(report: dict[str, Row], path: Path) -> None:
     foot = f"{content['cpu']}, {content['isa']}, one thread, {content['date']}; less is better"
     picture.text(0.01, 0.005, foot, fontsize=7.5, color="#5b6873")
     picture.tight_layout(rect=(0, 0.02, 1, 1))
+    picture.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def stages_figure(report: dict[str, Row], path: Path) -> None:
+    """Stacked bars: the time of each stage over that of conv2d."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    content = report["stages"]
+    colours = ("#1f6f8b", "#d1495b", "#e59aa4", "#7fb7c9", "#b7d3b0", "#edc06b", "#d5dbe1")
+    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": "#22303c"})
+    picture, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
+    for ax, which in zip(axes, PASSES, strict=True):
+        rows = [row for row in content["rows"] if row["pass"] == which]
+        lefts = [0.0] * len(rows)
+        for stage, colour in zip(STAGES, colours, strict=True):
+            widths = [row["ratio"] * row["shares"][stage] for row in rows]
+            ax.barh(range(len(rows)), widths, 0.72, lefts, color=colour, label=stage)
+            lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+        for place, right in enumerate(lefts):
+            ax.text(right + 0.02, place, f"{right:.2f}", va="center", fontsize=8)
+        ax.axvline(1, color="#22303c", lw=1)
+        ax.set_xlim(0, 1.12 * max(lefts))
+        ax.set_title(f"{which}: time / time of a plain convolution", loc="left", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_yticks(range(len(rows)), [row["layer"].replace("->", "→") for row in rows])
+    axes[0].invert_yaxis()
+    handles, labels = axes[0].get_legend_handles_labels()
+    picture.legend(handles, labels, ncols=len(STAGES), frameon=False, loc="upper center")
+    foot = f"{content['cpu']}, {content['isa']}, one thread, {content['date']}; less is better"
+    picture.text(0.01, 0.01, foot, fontsize=7.5, color="#5b6873")
+    picture.tight_layout(rect=(0, 0.02, 1, 0.94))
     picture.savefig(path, dpi=130, metadata={"Software": None})

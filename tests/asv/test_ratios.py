@@ -4,13 +4,16 @@ import hashlib
 import importlib.util
 import json
 import math
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 import ratios
 import ratios_report
+import ratios_stages
 from benchmarks import memory
 from dcnlib import _bench
 from dcnlib._bench import PASSES, Layer
@@ -19,6 +22,7 @@ from ratios_layers import CLASSES, ODD, PEER_LAYERS, SAMPLE
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="ratios are to torch's conv2d"
 )
+KERNELS = Path(__file__).parents[2] / "csrc/cpu/kernels"
 HEAD = {
     "date": "2026-01-01", "cpu": "Test CPU", "cores": 2, "isa": "avx2", "python": "3.11",
     "dcnlib": "0", "versions": {"torch": "2"}, "commit": "abc", "door": "torch",
@@ -235,3 +239,34 @@ class TestReports:
         pytest.importorskip("matplotlib")
         ratios_report.figure(report, tmp_path / "speed.png")
         assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_stages(self, tmp_path):
+        pytest.importorskip("matplotlib")
+        shares = dict.fromkeys(ratios_stages.STAGES, 0.0) | {"product": 0.75, "call": 0.25}
+        rows = [
+            {"layer": "a", "pass": which, "ms": 1.0, "ratio": 1.2, "shares": shares}
+            for which in PASSES
+        ]
+        path = tmp_path / "ratios.json"
+        path.write_text(json.dumps({"stages": HEAD | {"rows": rows}}))
+        assert ratios.main(["--show", str(path), "--stages", str(tmp_path / "stages.png")]) == 0
+        assert (tmp_path / "stages.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_stages_by_names_of_functions():
+    """As perf prints them: an address, then the symbol."""
+    names = {
+        "7f01 avx512::gemm_registers<float, 14, 2>": "product",
+        "7f01 avx2::sample_pieces<float>": "sampling",
+        "7f01 bool avx512::chunk_corners<float, false>": "corners",
+        "7f01 void baseline::write_walked<float, ...>": "layout",
+        "7f01 avx512::forward_run<float>": "call",
+        "7f01 _PyEval_EvalFrameDefault": "call",
+        "7f01 [unknown]": "call",
+    }
+    for name, stage in names.items():
+        assert ratios_stages.stage_of(name) == stage
+    kernels = "".join(path.read_text() for path in KERNELS.glob("*.h"))
+    for stage, beginnings in ratios_stages.STAGES.items():
+        for beginning in beginnings:
+            assert re.search(rf"\b{beginning}\w*\(", kernels), f"{stage}: no {beginning}..."

@@ -116,10 +116,12 @@ struct Backward {
     tile = max((int64_t)2 * ROWS, min(tile, most_pixels));
     tile = ceil_div(pixels, ceil_div(pixels, tile));
     tiles = ceil_div(pixels, tile);
-    tile_pitch = round_up(tile, Vector<A>::lanes);
     bands = max((int64_t)1, min(MOST_BANDS / slabs.count, pixels / BAND_PIXELS));
     if (bands == 3) bands = 2;
     bands = min(bands, tiles);
+    tile = ceil_div(pixels, round_up(tiles, bands)); /* bands that are equal */
+    tiles = ceil_div(pixels, tile);
+    tile_pitch = round_up(tile, Vector<A>::lanes);
     share_row = is_depthwise(p) ? taps * (slabs.pitch + Vector<A>::lanes) : widest_share();
     pairs = slabs.count + p.offset_groups - 1;
     /* The same for every layout, late or not: sums are cut by it. */

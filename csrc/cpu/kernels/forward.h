@@ -35,7 +35,7 @@ namespace DCN_ISA {
 
 /* Packed images of a wave, for each thread and at most, but at least one image. */
 constexpr int64_t WAVE_SHARE = 512 << 10, WAVE_BYTES = 4 << 20;
-constexpr int64_t PACK_PIXELS = 1024; /* pixels of one packing task */
+constexpr int64_t PACK_PIXELS = 256; /* pixels of one packing task */
 /* The result of a tile, and its bytes a column. */
 constexpr int64_t TILE_BYTES = 512 << 10;
 constexpr int64_t TILE_COLUMN = 224 * 4;

@@ -201,7 +201,9 @@ def limited(call: Callable[[], Any], isa: str) -> Callable[[], Any]:
 def threads(options: argparse.Namespace) -> Iterator[Row]:
     """One thread to two: wall time of the calls whose threads never waited for a core.
 
-    Beside it the processor time of the busiest thread, which other programs disturb less.
+    Beside it the processor time of the busiest thread, which other programs disturb less; it means
+    something where threads do not spin while they wait. Waking a thread that sleeps costs some 20
+    microseconds a barrier: GOMP_SPINCOUNT=300000, what libgomp does by itself, is for a quiet machine.
     """
     import torch
 
@@ -228,6 +230,7 @@ def threads(options: argparse.Namespace) -> Iterator[Row]:
                         if clean:
                             times.append(wall)
             row = {"class": "threads", "layer": str(layer), "pass": which}
+            row["spin"] = os.environ["GOMP_SPINCOUNT"]
             row["undisturbed"] = min(len(times) for times in undisturbed.values())
             clock = undisturbed if row["undisturbed"] >= 5 else busiest
             row["clock"] = "wall" if clock is undisturbed else "busiest thread"

@@ -119,7 +119,8 @@ def _versus_text(rows: list[Row]) -> list[str]:
 
 def _threads_text(rows: list[Row]) -> list[str]:
     lines = [f"one thread to two, by the clock and by the time of the busiest thread (goal "
-             f"{GOALS['threads']} above 2 ms, by either)", "",
+             f"{GOALS['threads']} above 2 ms, by either); GOMP_SPINCOUNT="
+             f"{rows[0].get('spin', 0)}", "",
              f"{'layer':<52}{'pass':<20}{'ms':>9}{'speed-up':>9}{'busiest':>9}{'conv2d':>8}{'':>6}"
              "  clock"]  # fmt: skip
     for row in rows:

@@ -330,6 +330,20 @@ def test_nan_offset(which, mask_is_zero, dtype, backend):
             )
 
 
+@pytest.mark.parametrize("name", ["plain", "depthwise", "channels_33", "width_113"])
+@pytest.mark.parametrize(("tensor", "value"), [("offset", np.nan), ("mask", np.inf)])
+def test_special_number_changes_no_other_bit(name, tensor, value, dtype, backend):
+    """Corners around one that is not finite are found in another way, and are the same."""
+    call = testing.real(PROBLEMS[name], 0).astype(dtype)
+    clean = call.run(backend)
+    actual = changed(call, tensor, (0, 1, 2, 2), value).run(backend)
+    for output in ("output", "grad_offset", "grad_mask"):
+        there = np.isfinite(actual[output].astype(np.float64))
+        assert np.count_nonzero(~there) < there.size / 4
+        np.testing.assert_array_equal(actual[output][there], clean[output][there], output)
+    assert not np.isfinite(actual["output"].astype(np.float64)).all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_all_offsets_nan(name, dtype, backend):
     """The worst case of an untrained network: no crash, and the input's gradient is exactly 0."""

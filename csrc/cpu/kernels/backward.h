@@ -102,7 +102,7 @@ struct Backward {
     const bool one_slab =
         slabs.count == 1 || (slabs.unit <= SLAB && slabs.width % offset_group_in(p) == 0);
     direct_samples = one_slab && is_direct<A>(p);
-    small = is_small<A>(p, frame, slabs.pitch);
+    small = is_small<A>(p, frame);
     plane = frame.pixels * slabs.pitch + LINE / (int64_t)sizeof(A);
     const int64_t pixels = plane_out(p), taps = taps_of(p), size = (int64_t)sizeof(A);
     output_row = is_depthwise(p) ? slabs.pitch : row_pitch<A>(p.out_channels - Vector<A>::lanes);

@@ -67,7 +67,7 @@ struct Forward {
 
   Forward(const dcn_params &params, int num_threads) : p(params), slabs(params), frame(params) {
     constexpr int64_t L = Vector<A>::lanes;
-    small = is_small<A>(p, frame, slabs.pitch);
+    small = is_small<A>(p, frame);
     plane = frame.pixels * slabs.pitch + LINE / (int64_t)sizeof(A);
     padded_out = round_up(group_out(p), L);
     panels = ceil_div(padded_out, 2 * L);
@@ -78,7 +78,7 @@ struct Forward {
       result_row = slabs.pitch;
     } else {
       columns_row = row_pitch<A>(min(DEPTH, depth));
-      result_row = row_pitch<A>(p.groups * padded_out);
+      result_row = row_pitch<A>(p.groups * padded_out - L); /* nothing spills */
     }
     const int64_t pixels = plane_out(p);
     tile = TILE_BYTES / (result_row * (int64_t)sizeof(A)) / ROWS * ROWS;
@@ -98,7 +98,8 @@ struct Forward {
         tiles = min(ceil_div(round_up(tiles * batch, num_threads), batch),
                     ceil_div(pixels, (int64_t)ROWS));
     }
-    tile = ceil_div(pixels, tiles);
+    /* Several threads take equal tiles; one takes whole vectors and strips, and what is left. */
+    tile = num_threads > 1 ? ceil_div(pixels, tiles) : min(tile, pixels);
     tiles = ceil_div(pixels, tile);
     tile_pitch = round_up(tile, L);
     const int64_t image_bytes = slabs.count * plane * (int64_t)sizeof(A);

@@ -12,6 +12,12 @@
 
 #include <utility>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #define DCN_INLINE static inline __attribute__((always_inline))
 
 /* How many variants of a hot loop are compiled; setup.py says it for each part of a release wheel. */
@@ -86,6 +92,34 @@ template <class A>
 DCN_INLINE typename Vector<A>::V pick(typename Vector<A>::Mask mask, typename Vector<A>::V yes,
                                       typename Vector<A>::V no) {
   return mask ? yes : no;
+}
+
+/* The largest integers that are not larger. */
+template <class A>
+DCN_INLINE typename Vector<A>::V floor_of(typename Vector<A>::V v) {
+  constexpr bool narrow = sizeof(A) == 4;
+#if defined(__AVX512F__)
+  if constexpr (narrow)
+    return _mm512_floor_ps(v);
+  else
+    return _mm512_floor_pd(v);
+#elif defined(__AVX2__)
+  if constexpr (narrow)
+    return _mm256_floor_ps(v);
+  else
+    return _mm256_floor_pd(v);
+#elif defined(__aarch64__)
+  if constexpr (narrow)
+    return (typename Vector<A>::V)vrndmq_f32((float32x4_t)v);
+  else
+    return (typename Vector<A>::V)vrndmq_f64((float64x2_t)v);
+#else
+  typedef typename Vector<A>::V V;
+  const A most = narrow ? A(8388608.0) : A(4503599627370496.0); /* 2^23, 2^52 */
+  V whole = __builtin_convertvector(__builtin_convertvector(v, typename Vector<A>::Mask), V);
+  whole = whole > v ? whole - 1 : whole;
+  return (v < most) & (v > -most) ? whole : v; /* others are integers, infinite or NaN */
+#endif
 }
 
 /* Lanes where from[i] == x, in integers as wide as A. */

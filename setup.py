@@ -31,6 +31,7 @@ from pathlib import Path
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 os.chdir(ROOT)
@@ -61,41 +62,50 @@ if X86:
     ]  # fmt: skip
 
 #: What each kernel file is compiled to, one object a part: DCN_PART of kernel_table.inc.
-CONV, POOL, RESAMPLE, DOUBLE = PARTS = (1, 2, 3, 4)
+PARTS = ("CONV", "POOL", "RESAMPLE", "CONV_DOUBLE", "POOL_DOUBLE", "RESAMPLE_DOUBLE")
 RELEASE = os.environ.get("DCNLIB_RELEASE") == "1"
 SYMBOLS = os.environ.get("DCNLIB_SYMBOLS") == "1"
-#: The instruction set whose kernels another one takes for everything but CONV.
-BORROWED: dict[str, str] = {}
-#: Beyond KERNELS, of a part for an instruction set; a part that is not there is not compiled.
-PART_FLAGS: dict[tuple[str, int], list[str]] = {}
+#: Parts that an instruction set has from another one.
+BORROWED: dict[tuple[str, str], str] = {}
+#: Beyond KERNELS, of the parts that are compiled.
+PART_FLAGS: dict[tuple[str, str], list[str]] = {(i, part): [] for i in KERNELS for part in PARTS}
 if RELEASE:
     # A wheel is to have half a megabyte. All options give the same bits; what they cost in speed:
     #   FAST   of -O3's loops hand-vectorised ones keep their speed; loops that the compiler vectorises
     #          need the cost model of -O3. float32, both directions, within 2 % of the default build
-    #   SMALL  float64, a tenth to a third slower; RoI pooling a seventh
+    #   SMALL  float64 and RoI pooling, a tenth to a third slower
     # Without the scalar kernels, an instrument of the tests. Below -O3 GCC does not see that a loop over
     # lanes fills the vector, and warns.
     del KERNELS["scalar"]
-    KERNEL_FLAGS += ["-Wno-maybe-uninitialized", "-fno-asynchronous-unwind-tables"]
-    FAST = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-DDCN_VARIANTS=1"]
+    KERNEL_FLAGS += [
+        "-Wno-maybe-uninitialized", "-fno-asynchronous-unwind-tables", "-fno-stack-protector",
+        "-ffunction-sections",
+    ]  # fmt: skip
+    FAST = [
+        "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "--param=vect-epilogues-nomask=0",
+        "-fno-tree-pre", "-DDCN_VARIANTS=1",
+    ]  # fmt: skip
     SMALL = ["-Os", "-DDCN_VARIANTS=0"]
+    PART_FLAGS = {(isa, part): FAST for isa in KERNELS for part in PARTS}
     if X86:
-        # float64 takes twice as long as with AVX-512, resampling a fifth longer, RoI pooling not.
-        BORROWED["avx512"] = "avx2"
-    for isa in KERNELS:
-        old = isa == "baseline" and X86  # of processors before 2013
-        PART_FLAGS[isa, CONV] = SMALL if old else FAST
-        if isa not in BORROWED:
-            PART_FLAGS[isa, RESAMPLE] = SMALL if old else FAST
-            # One instruction set alone has room for speed here, too.
-            PART_FLAGS[isa, POOL] = PART_FLAGS[isa, DOUBLE] = SMALL if X86 else FAST
-else:
-    PART_FLAGS = {(isa, part): [] for isa in KERNELS for part in PARTS}
+        # What each instruction set has of its own, and what the rest costs: with AVX-512 float64 takes
+        # twice as long, resampling a third longer; RoI pooling and resampling in float64, from SSE2,
+        # half as long again (7 kB). float64 convolutions from SSE2, too, would save 14 kB more and double
+        # their time; RoI pooling from SSE2 6 kB, for half as much time again.
+        BORROWED |= {("avx512", part): "avx2" for part in PARTS if part != "CONV"}
+        for isa in ("avx512", "avx2"):
+            BORROWED |= {(isa, "POOL_DOUBLE"): "baseline", (isa, "RESAMPLE_DOUBLE"): "baseline"}
+        for isa, part in list(PART_FLAGS):
+            if (isa, part) in BORROWED:
+                del PART_FLAGS[isa, part]
+            elif isa == "baseline" or part not in ("CONV", "RESAMPLE"):
+                PART_FLAGS[isa, part] = SMALL  # baseline: of processors before 2013
 
 #: Of every .cu file. A multiply and an add become one instruction, as on the CPU.
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
 #: Everything that CUDA 13 knows as a product of its own; PTX for what comes later.
 ALL_ARCHS = "75 80 86 89 90 100 120+ptx"
+CUDA_WANTED = os.environ.get("DCNLIB_CUDA", "0" if RELEASE else "auto")
 CUDA_MODULE = "dcnlib.backends.cuda._core"
 CUDA_NOTE = "dcnlib/backends/cuda/not_built.txt"  # what the backend gives as its reason
 
@@ -134,7 +144,9 @@ class BuildExt(build_ext):
         flags = list(CXX_FLAGS)
         if os.environ.get("DCNLIB_WERROR") == "1":
             flags.append("-Werror")
-        ext.extra_compile_args = [*flags, "-Wno-unused-function", *(["-Os"] if RELEASE else [])]
+        ext.extra_compile_args = [*flags, "-Wno-unused-function"]
+        if RELEASE:
+            ext.extra_compile_args += ["-Os", "-fno-asynchronous-unwind-tables"]
         ext.extra_link_args = ["-Wl,-z,relro,-z,now,-z,noexecstack"]
         if not SYMBOLS:
             ext.extra_link_args.append("-Wl,-s")
@@ -149,15 +161,14 @@ class BuildExt(build_ext):
 
     def build_cuda(self) -> str:
         """Compile csrc/cuda/*.cu; why there is no CUDA module, "" if there is one."""
-        wanted = os.environ.get("DCNLIB_CUDA", "0" if RELEASE else "auto")
-        if wanted == "0":
+        if CUDA_WANTED == "0":
             return "DCNLIB_CUDA=0 when it was built"
         try:
             nvcc, library = find_toolkit()
             archs = cuda_archs()
             self.cuda_objects = [*cuda_objects(nvcc, archs, Path(self.build_temp)), library]
         except CudaMissing as missing:
-            if wanted == "1":
+            if CUDA_WANTED == "1":
                 sys.exit(f"dcnlib: DCNLIB_CUDA=1, but {missing}")
             print(f"dcnlib: no CUDA backend: {missing}. The CPU backend is complete without it.")
             return str(missing)
@@ -169,14 +180,13 @@ class BuildExt(build_ext):
         headers = [path for path in cpu_sources() if path.suffix in (".h", ".inc")]
         newest = max(path.stat().st_mtime for path in headers)
 
-        def compile_one(key: tuple[str, int]) -> str:
+        def compile_one(key: tuple[str, str]) -> str:
             isa, part = key
             source = f"csrc/cpu/kernels/{isa}.cpp"
-            folder = Path(self.build_temp) / f"part{part}"
+            folder = Path(self.build_temp) / part.lower()
             target = folder / f"{source.removesuffix('.cpp')}.o"
-            macros: list[tuple[str, str | None]] = [("DCN_PART", str(part))]
-            if isa in BORROWED:
-                macros.append(("DCN_BORROWED", BORROWED[isa]))
+            macros: list[tuple[str, str | None]] = [("DCN_PART", f"DCN_PART_{part}")]
+            macros += [(f"DCN_{what}_OF", BORROWED[i, what]) for i, what in BORROWED if i == isa]
             if (
                 self.force
                 or not target.exists()
@@ -188,6 +198,8 @@ class BuildExt(build_ext):
                     macros=macros,
                     extra_postargs=[*flags, *KERNEL_FLAGS, *PART_FLAGS[key], *KERNELS[isa]],
                 )
+                if RELEASE and X86:
+                    sort_functions(target)
             return str(target)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -225,7 +237,7 @@ class BuildExt(build_ext):
 
     def settings_changed(self) -> bool:
         """Whether flags or compiler differ from the last build: setuptools looks at times alone."""
-        settings = [CXX_FLAGS, KERNEL_FLAGS, KERNELS, repr(PART_FLAGS), BORROWED, self.openmp,
+        settings = [CXX_FLAGS, KERNEL_FLAGS, KERNELS, repr(PART_FLAGS), repr(BORROWED), self.openmp,
                     self.compiler.compiler_so_cxx, RELEASE, SYMBOLS,
                     os.environ.get("DCNLIB_WERROR", "")]  # fmt: skip
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
@@ -234,6 +246,30 @@ class BuildExt(build_ext):
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.write_text(digest)
         return changed
+
+
+class BuildPy(build_py):
+    """build_py; a wheel without CUDA has what says so, and not what only CUDA's compiled part needs."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        if not RELEASE or CUDA_WANTED != "0" or package != "dcnlib.backends.cuda":
+            return modules
+        return [found for found in modules if found[1] in ("__init__", "_settings", "_status")]
+
+
+def sort_functions(target: Path) -> None:
+    """Have the linker put functions of one name side by side, whatever their instruction set.
+
+    What they share then lies near enough for a wheel's compression to find it: 28 kB less. GNU ld sorts
+    sections of this name; to others they are names like all.
+    """
+    listing = subprocess.run(["objdump", "-h", target], check=True, capture_output=True, text=True)
+    pattern = rf" (\.text\.(?:unlikely\.)?_ZZ?NK?\d+({'|'.join(KERNELS)})(\S+))"
+    renames = []
+    for section, isa, name in re.findall(pattern, listing.stdout):
+        renames += ["--rename-section", f"{section}=.text.sorted.{name}.{isa}"]
+    subprocess.run(["objcopy", *renames, target], check=True)
 
 
 def cpu_sources() -> list[Path]:
@@ -380,8 +416,8 @@ setup(
         [CPU, CUDA],
         include_path=["csrc", "csrc/cpu", "csrc/cuda"],
         build_dir="build/cython",
-        compiler_directives={"language_level": 3, "embedsignature": True},
+        compiler_directives={"language_level": 3, "embedsignature": True, "binding": False},
     ),
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if RELEASE else {},
 )

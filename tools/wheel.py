@@ -27,6 +27,7 @@ import tarfile
 import tempfile
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +119,9 @@ def bundle_libgomp(compiler: str, folder: Path) -> None:
 
 def squeeze(wheel: Path) -> Path:
     """The same wheel in dist, compressed by zopfli: as any zip, a twentieth smaller."""
-    from zopfli.zlib import compress
+    from zopfli.zlib import compress as zopfli
+
+    compress = partial(zopfli, blocksplittingmax=0)  # as many blocks as pay
 
     target = DIST / wheel.name
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(target, "w") as new:

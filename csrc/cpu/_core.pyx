@@ -113,7 +113,7 @@ cdef packing_key(problem):
     )
 
 
-def forward(problem, num_threads, input, offset, weight, bias, mask, output) -> None:
+def forward(problem, num_threads, input, offset, weight, bias, mask, output, /) -> None:
     """Fill `output`; `weight` may be a `PackedWeight`, and `offset` None."""
     cdef dcn_params params
     cdef dcn_tensors tensors
@@ -139,7 +139,7 @@ def forward(problem, num_threads, input, offset, weight, bias, mask, output) -> 
 
 def backward(
     problem, num_threads, grad_output, input, offset, weight, mask,
-    grad_input, grad_offset, grad_weight, grad_bias, grad_mask,
+    grad_input, grad_offset, grad_weight, grad_bias, grad_mask, /,
 ) -> None:
     """Fill the gradients that are not None."""
     cdef dcn_params params
@@ -165,7 +165,7 @@ def backward(
     execute(&kernels.deform_conv2d, &params, &tensors, DCN_BACKWARD, wanted, num_threads)
 
 
-def roi_pool_forward(problem, num_threads, input, rois, offset, mask, output) -> None:
+def roi_pool_forward(problem, num_threads, input, rois, offset, mask, output, /) -> None:
     """Fill `output`."""
     cdef dcn_roi_params params
     cdef dcn_roi_tensors tensors
@@ -184,7 +184,7 @@ def roi_pool_forward(problem, num_threads, input, rois, offset, mask, output) ->
 
 def roi_pool_backward(
     problem, num_threads, grad_output, input, rois, offset, mask,
-    grad_input, grad_offset, grad_mask,
+    grad_input, grad_offset, grad_mask, /,
 ) -> None:
     """Fill the gradients that are not None."""
     cdef dcn_roi_params params
@@ -209,7 +209,7 @@ def roi_pool_backward(
     )
 
 
-def resample_forward(problem, num_threads, input, offset, output) -> None:
+def resample_forward(problem, num_threads, input, offset, output, /) -> None:
     """Fill `output`."""
     cdef dcn_resample_params params
     cdef dcn_resample_tensors tensors
@@ -225,7 +225,7 @@ def resample_forward(problem, num_threads, input, offset, output) -> None:
 
 
 def resample_backward(
-    problem, num_threads, grad_output, input, offset, grad_input, grad_offset
+    problem, num_threads, grad_output, input, offset, grad_input, grad_offset, /
 ) -> None:
     """Fill the gradients that are not None."""
     cdef dcn_resample_params params

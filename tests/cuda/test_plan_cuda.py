@@ -8,8 +8,10 @@ import pytest
 from dcnlib import testing
 from dcnlib._problem import deform_conv2d_problem
 from dcnlib.backends import cuda
-from dcnlib.backends.cuda._plan import chunks, plan
 from dcnlib.testing import Geometry
+
+_plan = pytest.importorskip("dcnlib.backends.cuda._plan", reason="a wheel without the CUDA part")
+chunks, plan = _plan.chunks, _plan.plan
 
 MIB = 1 << 20
 SIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}

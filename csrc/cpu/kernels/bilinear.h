@@ -140,9 +140,9 @@ static void tile_positions(const dcn_params &p, int64_t first, int64_t count, co
  * With `backward`, positions exactly at -1 keep the corners that the right-hand derivative needs;
  * without, they are outside. */
 template <class A, bool backward>
-static bool tap_corners(const dcn_params &p, const Frame &frame, int64_t tap, int64_t first,
-                        const Moves<A> &moves, int64_t count, int64_t pitch,
-                        const Corners<A> &corners, int64_t row) {
+DCN_COLD static bool tap_corners(const dcn_params &p, const Frame &frame, int64_t tap,
+                                 int64_t first, const Moves<A> &moves, int64_t count, int64_t pitch,
+                                 const Corners<A> &corners, int64_t row) {
   typedef typename Integer<A>::type I;
   const int64_t shift_y = tap / p.kernel_w * p.dilation_h - p.pad_top,
                 shift_x = tap % p.kernel_w * p.dilation_w - p.pad_left;

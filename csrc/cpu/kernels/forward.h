@@ -191,7 +191,10 @@ static void pack_weight_panel(const Forward<A> &f, const void *weight, int64_t g
       if (i + L > end && count >= L) rows = PanelRows<A>(f, group, i = end - L);
       const int64_t columns = min(L, end - i);
       V block[L];
-      load_block<A>(weight, p, origin + i, f.depth, lines, columns, block);
+      if (is_direct<A>(p) && lines == L && columns == L)
+        turn_block((const A *)weight + origin + i, f.depth, block);
+      else
+        load_block<A>(weight, p, origin + i, f.depth, lines, columns, block);
       for (int64_t j = 0; j < columns; j++) {
         store(to + (rows.row() - first) * width + half * L, block[j]);
         rows.step();
@@ -366,7 +369,7 @@ static void depthwise_taps(const A *slab, const Steps &steps, int64_t channels,
   for (; c + V * L <= round_up(channels, L); c += V * L)                                 \
   depthwise_vectors<A, V, how>(slab + c, steps, corners, taps, tile, pixels, weight + c, \
                                weight_row, result + c, result_row, accumulate)
-  if constexpr (VARIANTS != ONE_VARIANT) {
+  if constexpr (VARIANTS == ALL_VARIANTS || (VARIANTS == SOME_VARIANTS && how != SCALED)) {
     DCN_BLOCK(4);
     DCN_BLOCK(2);
   }

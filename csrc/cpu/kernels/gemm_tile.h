@@ -77,7 +77,7 @@ static void gemm_registers(int64_t depth, const A *a, int64_t lda, const A *b, i
 template <class A, int N>
 static void gemm_rows(int64_t rows, int64_t depth, const A *a, int64_t lda, const A *b, int64_t ldb,
                       A *c, int64_t ldc, bool accumulate) {
-  if constexpr (VARIANTS == ONE_VARIANT) {
+  if (VARIANTS == ONE_VARIANT || (VARIANTS == SOME_VARIANTS && rows < ROWS / 2)) {
     for (; rows >= ROWS; rows -= ROWS, a += ROWS * lda, c += ROWS * ldc)
       gemm_registers<A, ROWS, N>(depth, a, lda, b, ldb, c, ldc, accumulate);
     for (; rows >= 3; rows -= 3, a += 3 * lda, c += 3 * ldc)
@@ -93,9 +93,10 @@ static void gemm_rows(int64_t rows, int64_t depth, const A *a, int64_t lda, cons
     const int64_t count = rows * (part + 1) / parts - first;
     const A *from = a + first * lda;
     A *to = c + first * ldc;
-#define DCN_CASE(M)                                                         \
-  case M:                                                                   \
-    gemm_registers<A, M, N>(depth, from, lda, b, ldb, to, ldc, accumulate); \
+#define DCN_CASE(M)                                                           \
+  case M:                                                                     \
+    if constexpr (VARIANTS == ALL_VARIANTS || M >= ROWS / 2)                  \
+      gemm_registers<A, M, N>(depth, from, lda, b, ldb, to, ldc, accumulate); \
     break;
     switch (count) {
       DCN_CASE(1)

@@ -90,6 +90,8 @@ struct Frame {
 struct FrameWalk {
   int64_t width, x, at;
 
+  /* Over pixels without a frame, that is a row without an end. */
+  explicit FrameWalk(int64_t pixel) : width(INT64_MAX), x(0), at(pixel) {}
   FrameWalk(const Frame &frame, int64_t pixel)
       : width(frame.width), x(pixel % width), at(frame.at(pixel / width, x)) {}
 

@@ -47,8 +47,9 @@ DCN_INLINE void turn_block(const A *from, int64_t step, typename Vector<A>::V *b
 /* block[j] = pixels index + j .. of `lines` channels `plane` apart, as [pixel][channel]; lanes of
  * absent channels are 0, of absent pixels anything. */
 template <class A>
-DCN_INLINE void load_block(const void *memory, const dcn_params &p, int64_t index, int64_t plane,
-                           int64_t lines, int64_t columns, typename Vector<A>::V *block) {
+DCN_SHARED static void load_block(const void *memory, const dcn_params &p, int64_t index,
+                                  int64_t plane, int64_t lines, int64_t columns,
+                                  typename Vector<A>::V *block) {
   constexpr int64_t L = Vector<A>::lanes;
   typedef typename Vector<A>::V V;
   if (is_stored<A>(p) && columns == L) {
@@ -134,16 +135,17 @@ static void pack_frame(const void *memory, const dcn_params &p, const Frame &fra
     for (int64_t i = 0; i < pixels; i += L) {
       if (i + L > pixels && pixels >= L) walk = FrameWalk(frame, first + (i = pixels - L));
       const int64_t columns = min(L, pixels - i);
-      V block[L];
       if (direct && c + L <= count && columns == L && walk.x + L < frame.width) {
-        turn_block((const A *)memory + origin + c * plane + i, plane, block);
+        V turned[L]; /* an array of its own stays in registers */
+        turn_block((const A *)memory + origin + c * plane + i, plane, turned);
         A *row = to + walk.at * pitch + c;
 #pragma GCC unroll 16
-        for (int64_t j = 0; j < L; j++) store(row + j * pitch, block[j]);
+        for (int64_t j = 0; j < L; j++) store(row + j * pitch, turned[j]);
         walk.at += L;
         walk.x += L;
         continue;
       }
+      V block[L];
       load_block<A>(memory, p, origin + c * plane + i, plane, min(L, count - c), columns, block);
       for (int64_t j = 0; j < columns; j++) {
         store(to + walk.at * pitch + c, block[j]);
@@ -175,13 +177,14 @@ static void pack_pixels(const void *memory, const dcn_params &p, int64_t channel
     for (int64_t i = 0; i < pixels; i += L) {
       if (i + L > pixels && pixels >= L) i = pixels - L; /* some once more: no partial vector */
       const int64_t columns = min(L, pixels - i);
-      V block[L];
       if (direct && c + L <= count && columns == L) {
-        turn_block((const A *)memory + origin + c * step * plane + i, step * plane, block);
+        V turned[L]; /* an array of its own stays in registers */
+        turn_block((const A *)memory + origin + c * step * plane + i, step * plane, turned);
 #pragma GCC unroll 16
-        for (int64_t j = 0; j < L; j++) store(to + (i + j) * pitch + c, block[j]);
+        for (int64_t j = 0; j < L; j++) store(to + (i + j) * pitch + c, turned[j]);
         continue;
       }
+      V block[L];
       load_block<A>(memory, p, origin + c * step * plane + i, step * plane, min(L, count - c),
                     columns, block);
       for (int64_t j = 0; j < columns; j++) store(to + (i + j) * pitch + c, block[j]);
@@ -209,13 +212,16 @@ static void turn_pixels(const A *from, int64_t pitch, int64_t pixels, int64_t co
     }
 }
 
-/* tile[at(pixel)][pitch] -> memory[image][begin + c * step][first + pixel], c < count, plus bias;
- * `walk_from(pixel)` gives where in the tile pixels lie, with `at` and step(). */
-template <class A, class WalkFrom>
+/* tile[at(pixel)][pitch] -> memory[image][begin + c * step][first + pixel], c < count, plus bias; pixels
+ * lie at their places in the frame if there is one, else one after the other. */
+template <class A>
 static void write_walked(void *memory, const dcn_params &p, int64_t channels, int64_t plane,
                          int64_t image, int64_t begin, int64_t step, int64_t count, int64_t first,
-                         int64_t pixels, const A *tile, WalkFrom walk_from, int64_t pitch,
+                         int64_t pixels, const A *tile, const Frame *frame, int64_t pitch,
                          const void *bias) {
+  const auto walk_from = [&](int64_t pixel) {
+    return frame ? FrameWalk(*frame, first + pixel) : FrameWalk(pixel);
+  };
   constexpr int64_t L = Vector<A>::lanes;
   typedef typename Vector<A>::V V;
   if (p.layout == DCN_NHWC) {
@@ -281,18 +287,12 @@ static void write_walked(void *memory, const dcn_params &p, int64_t channels, in
   }
 }
 
-struct PlainWalk {
-  int64_t at;
-  void step() { at++; }
-};
-
 template <class A>
 static void write_tile(void *memory, const dcn_params &p, int64_t channels, int64_t plane,
                        int64_t image, int64_t begin, int64_t step, int64_t count, int64_t first,
                        int64_t pixels, const A *tile, int64_t pitch, const void *bias) {
-  write_walked(
-      memory, p, channels, plane, image, begin, step, count, first, pixels, tile,
-      [](int64_t pixel) { return PlainWalk{pixel}; }, pitch, bias);
+  write_walked<A>(memory, p, channels, plane, image, begin, step, count, first, pixels, tile,
+                  nullptr, pitch, bias);
 }
 
 /* The same from a frame: pixels first .. of the image lie at their places in it. */
@@ -300,9 +300,8 @@ template <class A>
 static void write_frame(void *memory, const dcn_params &p, const Frame &frame, int64_t image,
                         int64_t begin, int64_t count, int64_t first, int64_t pixels, const A *slab,
                         int64_t pitch) {
-  write_walked(
-      memory, p, p.in_channels, plane_in(p), image, begin, 1, count, first, pixels, slab,
-      [&](int64_t pixel) { return FrameWalk(frame, first + pixel); }, pitch, nullptr);
+  write_walked<A>(memory, p, p.in_channels, plane_in(p), image, begin, 1, count, first, pixels,
+                  slab, &frame, pitch, nullptr);
 }
 
 }  // namespace DCN_ISA

@@ -127,7 +127,6 @@ static void scatter_pixels(const Want wanted, const Scatter<A> &block, const Ste
         continue;
       }
       Visit<A> visit(s, steps, corners, at);
-#pragma GCC unroll 4
       for (int64_t v = 0; v < whole; v++) { /* the hot loop */
         const V sample =
             visit.template channels<SPECIAL, false>(wanted, v * L, load(h + v * L), lanes);
@@ -160,25 +159,17 @@ static void with_variant(const Scatter<A> &s, bool special, bool columns, Functi
   if constexpr (VARIANTS == ONE_VARIANT) {
     return scatter(any, Number<-1>(), Number<true>());
   } else {
-    if (special) return scatter(any, Number<-1>(), Number<true>());
+    const auto scatter_special = [&]() DCN_COLD { scatter(any, Number<-1>(), Number<true>()); };
+    if (special) return scatter_special();
     if (products && input && columns) {
       const Wanted<true, true, true> all;
-      switch (s.channels / Vector<A>::lanes) {
-        case 1:
-          return scatter(all, Number<1>(), Number<false>());
-        case 2:
-          return scatter(all, Number<2>(), Number<false>());
-        case 3:
-          return scatter(all, Number<3>(), Number<false>());
-        case 4:
-          return scatter(all, Number<4>(), Number<false>());
-      }
+      if (s.channels / Vector<A>::lanes == 1) return scatter(all, Number<1>(), Number<false>());
       return scatter(all, Number<-1>(), Number<false>());
     }
+    if constexpr (VARIANTS == SOME_VARIANTS) return scatter(any, Number<-1>(), Number<false>());
 #define DCN_WANTED(P, I, C) return scatter(Wanted<P, I, C>(), Number<-1>(), Number<false>())
     if (products && columns) DCN_WANTED(true, false, true); /* a first layer */
     if (products && input) DCN_WANTED(true, true, false);   /* frozen weights */
-    if constexpr (VARIANTS == SOME_VARIANTS) return scatter(any, Number<-1>(), Number<false>());
     if (columns) {
       if (input) DCN_WANTED(false, true, true);
       DCN_WANTED(false, false, true);
@@ -229,7 +220,6 @@ static void scatter_depthwise_pixels(const Want wanted, const Scatter<A> &block,
         continue;
       }
       Visit<A> visit(s, steps, corners, at);
-#pragma GCC unroll 4
       for (int64_t v = 0; v < whole; v++) { /* the hot loop */
         const V g = load(output + v * L);
         const V sample =

@@ -34,6 +34,15 @@ enum {
 };
 constexpr int VARIANTS = DCN_VARIANTS; /* all of them give the same bits */
 
+/* Where wheels have to be small: what hardly any call needs, and what several functions call. */
+#if DCN_VARIANTS < 2
+#define DCN_COLD __attribute__((cold, noinline))
+#define DCN_SHARED __attribute__((noinline))
+#else
+#define DCN_COLD
+#define DCN_SHARED __attribute__((always_inline)) inline
+#endif
+
 #if DCN_VECTOR_BYTES
 template <class A>
 struct Vector;

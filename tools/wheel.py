@@ -125,7 +125,7 @@ def squeeze(wheel: Path) -> Path:
 
     target = DIST / wheel.name
     with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(target, "w") as new:
-        entries = old.infolist()
+        entries = [entry for entry in old.infolist() if not entry.is_dir()]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             streams = list(pool.map(compress, map(old.read, entries)))
         for entry, stream in zip(entries, streams, strict=True):

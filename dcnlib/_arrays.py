@@ -19,30 +19,27 @@ def is_torch(op: str, arrays: dict[str, Any], optional: tuple[str, ...] = ()) ->
     torch = sys.modules.get("torch")  # never imported: then nothing can be a tensor
     tensor = getattr(torch, "Tensor", ())
     first = isinstance(arrays["input"], tensor)
-    wanted = "torch.Tensor" if first else "numpy.ndarray"
+    kind = tensor if first else np.ndarray
     for name, array in arrays.items():
-        if array is None and name in optional:
-            continue
-        if first and isinstance(array, tensor):
-            if array.is_nested:
-                torch_ops().check_dense(op, **{name: array})
-            continue
-        if not first and isinstance(array, np.ndarray) and not _is_masked(array):
+        if isinstance(array, kind):
+            if first:
+                if array.is_nested:
+                    torch_ops().check_dense(op, **{name: array})
+                continue
+            # A masked array would silently lose what it masks.
+            if type(array) is np.ndarray or not isinstance(array, np.ma.MaskedArray):
+                continue
+        elif array is None and name in optional:
             continue
         raise type_error(
             op,
             name,
             "arguments must be all NumPy arrays or all torch tensors",
-            wanted,
+            "torch.Tensor" if first else "numpy.ndarray",
             f"{type(array).__module__}.{type(array).__qualname__}",
             "convert with numpy.asarray or torch.as_tensor",
         )
     return first
-
-
-def _is_masked(array: np.ndarray) -> bool:
-    """A masked array would silently lose what it masks."""
-    return type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray)
 
 
 def memory(array: Any) -> Any:

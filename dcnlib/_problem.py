@@ -22,6 +22,7 @@ LARGEST = 2**31 - 1
 _INT64_MAX = 2**63 - 1
 #: Bytes of one element of the widest workspace: sizes are checked as if everything were float64.
 _WIDEST = 8
+_SEQUENCES = (list, tuple)  # isinstance takes longer to build list | tuple than to use it
 
 Shape = tuple[int, ...]
 #: Shape and dtype name of one argument.
@@ -161,7 +162,7 @@ def pair(op: str, argument: str, value: Any, lowest: int = 1) -> tuple[int, int]
     """An int or a pair (h, w) as a pair."""
     if type(value) is int and lowest <= value <= LARGEST:
         return (value, value)
-    if isinstance(value, list | tuple):
+    if isinstance(value, _SEQUENCES):
         if len(value) != 2:
             raise value_error(
                 op, argument, "must be an int or a pair (h, w)", "2 values", _brief(value)
@@ -203,16 +204,21 @@ def four_sides(
         total_h, total_w = (d * (k - 1) for d, k in zip(dilation, kernel, strict=True))
         top, left = total_h // 2, total_w // 2
         return (top, total_h - top, left, total_w - left)
-    if isinstance(value, list | tuple) and len(value) == 4:
-        top, bottom, left, right = (integer(op, "padding", side, 0) for side in value)
-        return (top, bottom, left, right)
-    if isinstance(value, list | tuple) and len(value) != 2:
-        raise value_error(
-            op,
-            "padding",
-            'must be an int, a pair (h, w), (top, bottom, left, right), "same" or "valid"',
-            "1, 2 or 4 values",
-            _brief(value),
+    if isinstance(value, _SEQUENCES) and len(value) != 2:
+        if len(value) != 4:
+            raise value_error(
+                op,
+                "padding",
+                'must be an int, a pair (h, w), (top, bottom, left, right), "same" or "valid"',
+                "1, 2 or 4 values",
+                _brief(value),
+            )
+        top, bottom, left, right = value
+        return (
+            integer(op, "padding", top, 0),
+            integer(op, "padding", bottom, 0),
+            integer(op, "padding", left, 0),
+            integer(op, "padding", right, 0),
         )
     pad_h, pad_w = pair(op, "padding", value, 0)
     return (pad_h, pad_h, pad_w, pad_w)

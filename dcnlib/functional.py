@@ -351,15 +351,15 @@ def _run(
     """A checked forward call of NumPy arrays; `weight` is plain, or packed by the CPU backend."""
     chosen = _dispatch.choose(op, backend, "cpu")
     input = plain(input)
+    offset = None if offset is None else plain(offset)
+    mask = None if mask is None else plain(mask)
+    if not problem.batched:
+        input = input[None]
+        offset = None if offset is None else offset[None]
+        mask = None if mask is None else mask[None]
     output = np.empty(problem.output_shape, input.dtype)
     chosen.forward(
-        problem,
-        input.reshape(problem.input_shape),
-        None if offset is None else plain(offset).reshape(problem.offset_shape),
-        weight,
-        None if bias is None else plain(bias),
-        None if mask is None else plain(mask).reshape(problem.mask_shape),
-        output,
+        problem, input, offset, weight, None if bias is None else plain(bias), mask, output
     )
     return output if problem.batched else output[0]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import reduce
+from functools import lru_cache, reduce
 from operator import or_
 from typing import Any
 
@@ -26,11 +26,13 @@ from torch._C import (
 )
 from torch._C import _dispatch_keys as _keys
 from torch._C import _dispatch_tls_local_include_set as _included_keys
+from torch._C._dynamo.guards import TensorGuards
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import _profiler_enabled, forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.overrides import has_torch_function
 
+from .._problem import DeformConv2dProblem
 from . import composite, kernels
 from .schemas import (
     BACKWARD,
@@ -38,8 +40,10 @@ from .schemas import (
     LIBRARY,
     backward_operator,
     forward_operator,
+    is_channels_last,
     problem,
     wanted,
+    without_none,
 )
 
 
@@ -60,24 +64,34 @@ def register() -> None:
     LIBRARY.impl(BACKWARD, _backward, "Autograd", with_keyset=True)
 
 
-def deform_conv2d(*arguments: Any) -> Tensor:
+def deform_conv2d(
+    input, offset, weight, bias, stride, padding, dilation, mask, groups, offset_groups, backend
+):
     """The forward operator; all arguments given, in its order."""
-    tensors = arguments[:4] + arguments[7:8]
-    if not _is_plain(tensors):
-        return forward_operator(*arguments)
+    tensors = (input, offset, weight, bias, mask)
+    place, options = (stride, padding, dilation), (groups, offset_groups, backend)
+    call = _plain_problem(FORWARD, None, *tensors, place, options)
+    if call is None:
+        return forward_operator(input, offset, weight, bias, *place, mask, *options)
     if _is_recorded(tensors):
-        return _Forward.apply(None, *tensors, arguments[4:7], arguments[8:])
-    return kernels.forward(*arguments)
+        return _Forward.apply(call, None, *tensors, place, options)
+    return kernels.run_forward(call, backend, *tensors)
 
 
-def deform_conv2d_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """The backward operator; all arguments given, in its order."""
-    tensors = arguments[:5] + arguments[8:9]
-    if not _is_plain(tensors):
-        return backward_operator(*arguments)
-    if _is_recorded(tensors):
-        return _backward(None, *arguments)
-    return kernels.backward(*arguments)
+def deform_conv2d_backward(
+    grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
+    groups, offset_groups, backend, output_mask,
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """The backward operator; all arguments given, in its order. None for what nobody wants."""
+    tensors = (grad_output, input, offset, weight, bias, mask)
+    place, options = (stride, padding, dilation), (groups, offset_groups, backend)
+    call = _plain_problem(BACKWARD, *tensors, place, options, output_mask[3])
+    if call is None or _is_recorded(tensors):
+        grads = backward_operator(*tensors[:5], *place, mask, *options, output_mask)
+        return [g if w else None for g, w in zip(grads, output_mask, strict=True)]
+    return kernels.run_backward(
+        call, backend, grad_output, input, offset, weight, mask, output_mask
+    )
 
 
 def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
@@ -87,14 +101,63 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
     then goes to those directly; the dispatcher's way costs 9 microseconds more.
     """
     return not (
+        _is_heard(tensors)
+        or [t for t in tensors if t is not None and _keys(t).raw_repr() & _NOT_PLAIN]
+    )
+
+
+def _is_heard(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a mode, transform, trace, profile or ``__torch_function__`` is at work."""
+    return bool(
         torch.compiler.is_compiling()
         or _included_keys().raw_repr() & _NOT_EAGER
         or forward_ad._current_level >= 0
         or _is_any_autocast_enabled()
         or _profiler_enabled()
         or has_torch_function(tensors)
-        or [t for t in tensors if t is not None and _keys(t).raw_repr() & _NOT_PLAIN]
     )
+
+
+def _plain_problem(
+    op, grad_output, input, offset, weight, bias, mask, place, options, wants_bias=False
+) -> DeformConv2dProblem | None:
+    """The problem of a call that `_is_plain`; None of another one.
+
+    Most calls are like one before, and one look of torch's own guards of compiled code says so: the
+    same types, dispatch keys, dtypes, devices, sizes, strides and requires_grad. What was checked
+    then, plain and without errors, holds again. Of modes the guards do not see all.
+    """
+    tensors = [t for t in (grad_output, input, offset, weight, bias, mask) if t is not None]
+    if _is_heard(tensors):
+        return None
+    try:
+        known = _known_like(
+            op, input.shape, weight.shape, bias is None, mask is None, wants_bias, place, options
+        )
+    except TypeError:  # sizes that are symbols do not hash
+        return None
+    for guards, call in known[0]:
+        if guards.check(*tensors):
+            return call
+    if not _is_plain(tensors):
+        return None
+    call = problem(
+        op, grad_output, input, offset, weight, bias, *place, mask, *options,
+        channels_last=is_channels_last(input), wants_bias=wants_bias, symbolic=False,
+    )  # fmt: skip
+    guards = TensorGuards(
+        *tensors,
+        dynamic_dims_sizes=[list(t.shape) for t in tensors],
+        dynamic_dims_strides=[list(t.stride()) for t in tensors],
+    )
+    known[0] = ((guards, call), *known[0][:3])
+    return call
+
+
+@lru_cache(maxsize=1024)
+def _known_like(*key: Any) -> list[tuple[tuple[TensorGuards, DeformConv2dProblem], ...]]:
+    """Where the last four calls of a kind are kept, as training and inference differ; no tensor is."""
+    return [()]
 
 
 def _may_record(tensors: Sequence[Tensor | None]) -> bool:
@@ -118,7 +181,7 @@ def _forward(
         with _as_typed(input):
             return composite.forward(call, *tensors)
     if _is_recorded(tensors):
-        return _record(_Forward, keyset, *tensors, place, options)
+        return _record(_Forward, None, keyset, *tensors, place, options)
     return _below(
         forward_operator,
         keyset, input, offset, weight, bias, stride, padding, dilation, mask, *options,
@@ -137,7 +200,7 @@ def _backward(
         call = problem(BACKWARD, grad_output, input, offset, weight, bias, *place, mask, *options)
         with _as_typed(input):
             grads = composite.backward(call, *tensors, output_mask)
-        return tuple(input.new_empty(0) if grad is None else grad for grad in grads)
+        return without_none(grads, input)
     if _is_recorded(tensors):
         return _record(_Backward, keyset, *tensors, bias, place, options, output_mask)
     return _below(
@@ -151,10 +214,12 @@ class _Forward(_SingleLevelFunction):
     """The forward operator with its gradients."""
 
     @staticmethod
-    def forward(ctx, keyset, input, offset, weight, bias, mask, place, options):
+    def forward(ctx, call, keyset, input, offset, weight, bias, mask, place, options):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, offset, weight, mask)
         ctx.place, ctx.options = place, options
+        if call is not None:  # a plain one, which has not come through the dispatcher
+            return kernels.run_forward(call, options[2], input, offset, weight, bias, mask)
         return _below_record(
             forward_operator,
             keyset, input, offset, weight, bias, *place, mask, *options,
@@ -163,13 +228,13 @@ class _Forward(_SingleLevelFunction):
     @staticmethod
     def backward(ctx, grad_output):
         if grad_output is None:
-            return (None,) * 8
+            return (None,) * 9
         input, offset, weight, mask = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:6]
+        needed = ctx.needs_input_grad[2:7]
         grads = deform_conv2d_backward(
             grad_output, input, offset, weight, None, *ctx.place, mask, *ctx.options, needed
         )
-        return None, *[g if n else None for g, n in zip(grads, needed, strict=True)], None, None
+        return None, None, *grads, None, None
 
 
 class _Backward(_SingleLevelFunction):
@@ -225,8 +290,11 @@ def _has_tangents(tensors: tuple[Tensor | None, ...]) -> bool:
 
 def _is_recorded(tensors: Sequence[Tensor | None]) -> bool:
     """Whether autograd records a call with these."""
-    # A list is faster than any(...).
-    return torch.is_grad_enabled() and True in [t.requires_grad for t in tensors if t is not None]
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _as_typed(tensor: Tensor) -> AbstractContextManager:
@@ -246,13 +314,7 @@ def _record(function: type[_SingleLevelFunction], *arguments: Any):
 
 
 def _below(operator: torch._ops.OpOverload, keyset: Any, *arguments: Any):
-    """The operator's next kernel: that of a device, or of the next level of ``torch.func``.
-
-    Without keys the call is a plain one and has not come through the dispatcher.
-    """
-    if keyset is None:
-        run = kernels.forward if operator is forward_operator else kernels.backward
-        return run(*arguments)
+    """The operator's next kernel: that of a device, or of the next level of ``torch.func``."""
     with _AutoDispatchBelowAutograd():
         return operator.redispatch(keyset & _AFTER_AUTOGRAD, *arguments)
 

@@ -7,6 +7,7 @@ arrays. Tensors in channels-last format stay so. Other strides are made contiguo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -27,6 +28,7 @@ from .schemas import (
     new_output,
     problem,
     wanted,
+    without_none,
 )
 
 
@@ -48,6 +50,19 @@ def forward(
         FORWARD, None, input, offset, weight, bias, stride, padding, dilation, mask,
         groups, offset_groups, channels_last=is_channels_last(input), symbolic=False,
     )  # fmt: skip
+    return run_forward(call, backend, input, offset, weight, bias, mask)
+
+
+def run_forward(
+    call: DeformConv2dProblem,
+    backend: str | None,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """The result of a checked call."""
     chosen = choose(FORWARD, backend, "cuda" if input.is_cuda else "cpu")
     try:
         input = _dense(FORWARD, "input", input, call.channels_last)
@@ -87,6 +102,21 @@ def backward(
         groups, offset_groups, channels_last=is_channels_last(input), wants_bias=output_mask[3],
         symbolic=False,
     )  # fmt: skip
+    grads = run_backward(call, backend, grad_output, input, offset, weight, mask, output_mask)
+    return without_none(grads, input)
+
+
+def run_backward(
+    call: DeformConv2dProblem,
+    backend: str | None,
+    grad_output: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    output_mask: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of a checked call, None where nobody wants one."""
     chosen = choose(BACKWARD, backend, "cuda" if input.is_cuda else "cpu")
     try:
         grad_output = _dense(BACKWARD, "grad_output", grad_output, call.channels_last)
@@ -94,10 +124,9 @@ def backward(
         offset = _dense(BACKWARD, "offset", offset)
         weight = _dense(BACKWARD, "weight", weight)
         mask = _dense(BACKWARD, "mask", mask)
-        results = new_gradients(call, input, output_mask)
+        grads = new_gradients(call, input, offset, weight, mask, output_mask)
     except RuntimeError as error:
         raise _memory_error(BACKWARD, error) from None
-    grads = [r if w else None for r, w in zip(results, output_mask, strict=True)]
     if chosen.name == "cpu":
         chosen.backward(
             call,
@@ -111,13 +140,12 @@ def backward(
         )
     else:
         run = _reference_backward if chosen.name == "reference" else chosen.backward
-        for i in (0, 1, 4):
-            grads[i] = _batched(call, grads[i])
         grad_output, input, offset, mask = (
             _batched(call, t) for t in (grad_output, input, offset, mask)
         )
-        run(call, grad_output, input, offset, weight, mask, grads)
-    return results
+        filled = [g if i in (2, 3) else _batched(call, g) for i, g in enumerate(grads)]
+        run(call, grad_output, input, offset, weight, mask, filled)
+    return grads
 
 
 def _dense(op: str, name: str, tensor: Tensor | None, channels_last: bool = False) -> Tensor | None:

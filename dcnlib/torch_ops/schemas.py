@@ -163,22 +163,29 @@ def new_output(problem: DeformConv2dProblem, input: Tensor) -> Tensor:
 
 
 def new_gradients(
-    problem: DeformConv2dProblem, input: Tensor, output_mask: Sequence[bool]
-) -> tuple[Tensor, ...]:
-    """Memory for the wanted gradients in the caller's shapes; empty tensors for the others."""
-    shapes = (
-        problem.unbatch(problem.input_shape),
-        problem.unbatch(problem.offset_shape),
-        problem.weight_shape,
-        problem.bias_shape,
-        problem.unbatch(problem.mask_shape),
-    )
-    grads = [
-        new_like(input, shape if is_wanted else (0,))
-        for shape, is_wanted in zip(shapes[1:], output_mask[1:], strict=True)
+    problem: DeformConv2dProblem,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    output_mask: Sequence[bool],
+) -> list[Tensor | None]:
+    """Memory for the wanted gradients, each in the shape of its argument; None for the others."""
+    of_input, of_offset, of_weight, of_bias, of_mask = output_mask
+    whole = torch.contiguous_format
+    kept = torch.channels_last if problem.channels_last else whole
+    return [
+        torch.empty_like(input, memory_format=kept) if of_input else None,
+        torch.empty_like(offset, memory_format=whole) if of_offset else None,
+        torch.empty_like(weight, memory_format=whole) if of_weight else None,
+        weight.new_empty(problem.bias_shape) if of_bias else None,
+        torch.empty_like(mask, memory_format=whole) if of_mask else None,
     ]
-    first = shapes[0] if output_mask[0] else (0,)
-    return new_like(input, first, problem.channels_last and output_mask[0]), *grads
+
+
+def without_none(grads: Sequence[Tensor | None], input: Tensor) -> tuple[Tensor, ...]:
+    """The same with empty tensors: an operator returns tensors only."""
+    return tuple([input.new_empty(0) if grad is None else grad for grad in grads])
 
 
 def _fake_forward(
@@ -206,7 +213,8 @@ def _fake_backward(
         BACKWARD, grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
         groups, offset_groups, channels_last=is_channels_last(input),
     )  # fmt: skip
-    return new_gradients(call, input, wanted(BACKWARD, output_mask, mask))
+    output_mask = wanted(BACKWARD, output_mask, mask)
+    return without_none(new_gradients(call, input, offset, weight, mask, output_mask), input)
 
 
 _TorchSpec = tuple[torch.Size, torch.dtype]

@@ -1,13 +1,16 @@
 """What torch does with a call besides calling it: vmap, autocast, compile, export, formats."""
 
 import contextlib
+import gc
 import itertools
 import threading
+import weakref
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.func import functional_call, grad, jacrev, jvp, vmap  # noqa: E402
 
 import dcnlib  # noqa: E402
@@ -484,6 +487,7 @@ def _profile(names):
 def test_who_listens_hears_of_a_call(listen):
     """Eager calls of plain tensors take a way of their own if nobody does."""
     call = torch_calls.smooth(torch_calls.SMALL["v2"])
+    call.forward()  # and not if one alike is known
     names = []
     with listen(names):
         call.forward()
@@ -509,6 +513,105 @@ def test_what_the_dispatcher_has_to_see(kind):
     plain = torch.ones(2)
     assert autograd._is_plain((plain, torch.nn.Parameter(plain), plain[1:], None))
     assert not autograd._is_plain((plain, NOT_PLAIN[kind](plain)))
+
+
+def known(*tensors):
+    """What `autograd` says of a plain forward call; None of one that is not."""
+    return autograd._plain_problem(
+        "deform_conv2d", None, *tensors, ((1, 1), (1, 1, 1, 1), (1, 1)), (2, 2, None)
+    )
+
+
+def plain_tensors():
+    return torch_calls.smooth(torch_calls.SMALL["v2"], dtype="float32")[:5]
+
+
+def test_a_call_like_one_before_is_not_checked_again(monkeypatch):
+    call = torch_calls.smooth(torch_calls.SMALL["v2"])
+
+    def run():
+        leaves = torch_calls.leaves(call)
+        output = torch_calls.function(call)(*leaves)
+        return [call.forward(), output, *torch.autograd.grad(output, leaves, call.grad_output)]
+
+    expected = run()
+    for name in ("problem", "_is_plain", "forward_operator", "backward_operator"):
+        monkeypatch.setattr(autograd, name, None)
+    assert all(map(torch.equal, run(), expected))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("place", range(5), ids=NAMES)
+@pytest.mark.parametrize("kind", sorted(NOT_PLAIN.keys() - {"nested"}))  # those have no shape
+def test_no_other_tensor_passes_for_a_known_one(kind, place):
+    tensors = plain_tensors()
+    assert known(*tensors) is known(*tensors)
+    others = list(tensors)
+    others[place] = NOT_PLAIN[kind](tensors[place])
+    assert known(*others) is None
+
+
+@pytest.mark.parametrize("place", range(5), ids=NAMES)
+def test_other_sizes_and_dtypes_are_checked(place):
+    tensors = plain_tensors()
+    for other in (tensors[place].double(), tensors[place][..., 1:], tensors[place][None]):
+        assert known(*tensors)
+        with pytest.raises((TypeError, ValueError)):
+            known(*tensors[:place], other, *tensors[place + 1 :])
+
+
+def test_other_formats_are_described():
+    input, *others = plain_tensors()
+    for _ in range(2):
+        assert not known(input, *others).channels_last
+        last = input.contiguous(memory_format=torch.channels_last)
+        assert known(last, *others).channels_last
+        assert not known(last.mT.contiguous().mT, *others).channels_last
+
+
+@contextlib.contextmanager
+def _vmapped():
+    with torch._functorch.vmap.vmap_increment_nesting(2, "error"):
+        yield
+
+
+MODES = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "forward mode": torch.autograd.forward_ad.dual_level,
+    "functions": lambda: _function_mode([]),
+    "dispatch": lambda: FakeTensorMode(allow_non_fake_inputs=True),
+    "profile": lambda: _profile([]),
+    "transform": _vmapped,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_under_a_mode_no_call_is_known(mode):
+    tensors = plain_tensors()
+    assert known(*tensors)
+    with MODES[mode]():
+        assert known(*tensors) is None
+    with torch.no_grad(), torch.inference_mode():
+        assert known(*tensors)
+
+
+def test_what_is_known_keeps_no_tensor():
+    """Four calls of a kind are kept, and of tensors only what the guards compare."""
+    tensors = plain_tensors()
+    died = [weakref.ref(tensor) for tensor in tensors]
+    for needed in itertools.product((False, True), repeat=3):
+        for tensor, is_needed in zip(tensors, needed, strict=False):
+            tensor.requires_grad_(is_needed)
+        assert known(*tensors)
+    *_, bias, mask = tensors
+    kept = autograd._known_like(
+        "deform_conv2d", tensors[0].shape, tensors[2].shape, bias is None, mask is None, False,
+        ((1, 1), (1, 1, 1, 1), (1, 1)), (2, 2, None),
+    )  # fmt: skip
+    assert len(kept[0]) == 4 and autograd._known_like.cache_info().maxsize
+    del tensors, tensor, bias, mask, _
+    gc.collect()
+    assert not any(reference() for reference in died)
 
 
 def test_negated_views_and_zero_tensors():

@@ -58,7 +58,8 @@ def build_wheel(sdist: Path, machine: str) -> Path:
         env = os.environ | {"DCNLIB_RELEASE": "1"}
         if machine != platform.machine():
             env |= cross_environment(machine, Path(folder))
-        bundle_libgomp(env.get("CC", "gcc"), tree / "dcnlib" / "_libs")
+        if env.get("DCNLIB_OPENMP") != "0":
+            bundle_libgomp(env.get("CC", "gcc"), tree / "dcnlib" / "_libs")
         raw = Path(folder) / "raw"
         run(
             sys.executable,

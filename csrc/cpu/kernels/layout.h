@@ -47,9 +47,9 @@ DCN_INLINE void turn_block(const A *from, int64_t step, typename Vector<A>::V *b
 /* block[j] = pixels index + j .. of `lines` channels `plane` apart, as [pixel][channel]; lanes of
  * absent channels are 0, of absent pixels anything. */
 template <class A>
-DCN_SHARED static void load_block(const void *memory, const dcn_params &p, int64_t index,
-                                  int64_t plane, int64_t lines, int64_t columns,
-                                  typename Vector<A>::V *block) {
+DCN_OUT_OF_LINE static void load_block(const void *memory, const dcn_params &p, int64_t index,
+                                       int64_t plane, int64_t lines, int64_t columns,
+                                       typename Vector<A>::V *block) {
   constexpr int64_t L = Vector<A>::lanes;
   typedef typename Vector<A>::V V;
   if (is_stored<A>(p) && columns == L) {

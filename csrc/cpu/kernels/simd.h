@@ -37,10 +37,10 @@ constexpr int VARIANTS = DCN_VARIANTS; /* all of them give the same bits */
 /* Where wheels have to be small: what hardly any call needs, and what several functions call. */
 #if DCN_VARIANTS < 2
 #define DCN_COLD __attribute__((cold, noinline))
-#define DCN_SHARED __attribute__((noinline))
+#define DCN_OUT_OF_LINE __attribute__((noinline))
 #else
 #define DCN_COLD
-#define DCN_SHARED __attribute__((always_inline)) inline
+#define DCN_OUT_OF_LINE __attribute__((always_inline)) inline
 #endif
 
 #if DCN_VECTOR_BYTES

@@ -108,9 +108,10 @@ def test_one_openmp_runtime(code):
 
 
 @needs_openmp
+@pytest.mark.parametrize("use", [USE, pytest.param(USE + USE_TORCH, marks=needs_torch)])
 @pytest.mark.parametrize("system_has_one", [True, False])
-def test_own_libgomp_only_where_there_is_none(tmp_path, system_has_one):
-    """A wheel's copy is not touched as long as the core finds one by itself."""
+def test_own_libgomp_only_where_there_is_none(tmp_path, system_has_one, use):
+    """A wheel's copy is not touched as long as the core finds one by itself, and torch then has it, too."""
     runtime = next(iter(output(USE + PRINT_RUNTIMES)))
     if "libgomp" not in runtime:
         pytest.skip("built with another OpenMP runtime")
@@ -130,10 +131,11 @@ def without_libgomp(name, package=None):
 importlib.import_module = without_libgomp
 """
     child = isolated.python(
-        ("" if system_has_one else hide) + USE + PRINT_RUNTIMES, PYTHONPATH=str(tmp_path)
+        ("" if system_has_one else hide) + use + PRINT_RUNTIMES, PYTHONPATH=str(tmp_path)
     )
     assert child.returncode == 0, child.stderr
-    assert child.stdout.split() == [runtime if system_has_one else str(copy)]
+    (only,) = child.stdout.split()
+    assert only == (runtime if system_has_one else str(copy))
 
 
 @pytest.fixture

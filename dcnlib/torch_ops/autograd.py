@@ -98,7 +98,8 @@ def _is_plain(tensors: Sequence[Tensor | None]) -> bool:
     """Whether torch's dispatcher would find nothing but autograd and the kernels of a device.
 
     That is: all tensors are plain ones, and no mode, transform, trace or profile is at work. A call
-    then goes to those directly; the dispatcher's way costs 9 microseconds more.
+    then goes to those directly; the dispatcher's way costs 4 microseconds more, 10
+    where autograd records it.
     """
     return not (
         _is_heard(tensors)

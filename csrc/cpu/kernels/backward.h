@@ -58,6 +58,7 @@ constexpr int64_t BACKWARD_TILE_PIXELS = 112;
 constexpr int64_t MANY_OUTPUTS = 256;
 constexpr int64_t LARGE_TILE_BYTES = 480 << 10;
 constexpr int64_t LARGE_TILE_PIXELS = 196;
+static_assert(LARGE_TILE_PIXELS <= MOST_PIXELS, "the distance of the corners' weights");
 constexpr int64_t LATE_SLABS = 4;    /* up to which grad_output is turned for each of them */
 constexpr int64_t BAND_PIXELS = 512; /* a band has at least this many */
 constexpr int64_t MOST_BANDS = 4;    /* slabs * bands beyond which slabs alone are enough */
@@ -326,7 +327,7 @@ static void add_sample_gradients(const Corners<A> &corners, const A *products, i
       V d[4];
       load_parts<A>(products + 4 * at, d);
       const V ly = load(corners.fraction[0] + at), lx = load(corners.fraction[1] + at);
-      const V m = load(corners.mask + at), nan = load(corners.weight[0] + at), one = splat(A(1));
+      const V m = load(corners.mask + at), nan = load(corners.weight + at), one = splat(A(1));
       const V value = mixed<V>(ly, mixed<V>(lx, d[3], one - lx, d[2]), one - ly,
                                mixed<V>(lx, d[1], one - lx, d[0]));
       const V dy = m * mixed<V>(one - lx, d[2] - d[0], lx, d[3] - d[1]);

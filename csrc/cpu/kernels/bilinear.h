@@ -20,7 +20,7 @@
  * masks are finite; a chunk where one is not is computed again, position by position. The forward pass
  * wants corners and weights only, and leaves the weights of what is `nowhere` as they come: finite.
  * Rows of a tile are `tile` values apart, a multiple of the vector. 8 + 9 * sizeof(A) bytes a position
- * and tap.
+ * and tap, and what lies unused between the four arrays of weights.
  */
 #ifndef DCN_BILINEAR_H
 #define DCN_BILINEAR_H
@@ -44,8 +44,11 @@ struct Integer<double> {
 template <class A>
 struct Corners {
   typedef typename Integer<A>::type I;
+  /* From one corner's weights to the next one's: the compiler knows it, so that one register is enough
+   * for the four. Not a multiple of what shares a set of the first-level cache. */
+  static constexpr int64_t APART = MOST_TAPS * MOST_PIXELS + 3 * LINE / (int64_t)sizeof(A);
   int64_t *at;    /* top left, in values from the slab's start; the others are fixed steps away */
-  A *weight[4];   /* top left, top right, bottom left, bottom right; the mask is in them */
+  A *weight;      /* top left, top right, bottom left, bottom right; the mask is in them */
   A *rest;        /* the mask where it is not finite, else 1 */
   A *mask;        /* as it came; 1 without one */
   A *fraction[2]; /* y, x */
@@ -53,7 +56,7 @@ struct Corners {
 
   Corners(Arena &arena, int64_t count, bool backward) {
     at = arena.take<int64_t>(count);
-    for (auto &array : weight) array = arena.take<A>(count);
+    weight = arena.take<A>(3 * APART + count);
     rest = arena.take<A>(count);
     mask = arena.take<A>(backward ? count : 0);
     for (auto &array : fraction) array = arena.take<A>(backward ? count : 0);
@@ -64,7 +67,7 @@ struct Corners {
   Corners from(int64_t first) const {
     Corners later = *this;
     later.at += first;
-    for (auto &array : later.weight) array += first;
+    later.weight += first;
     later.rest += first;
     return later;
   }
@@ -169,10 +172,9 @@ DCN_COLD static bool tap_corners(const dcn_params &p, const Frame &frame, int64_
     const A top = (1 - ly) * fold, bottom = ly * fold;
     const int64_t at = row + i;
     corners.at[at] = read & !nan ? frame.at(y, x) * pitch : nowhere;
-    corners.weight[0][at] = nan ? bad : value ? top * (1 - lx) : A(0);
-    corners.weight[1][at] = nan ? bad : value ? top * lx : A(0);
-    corners.weight[2][at] = nan ? bad : value ? bottom * (1 - lx) : A(0);
-    corners.weight[3][at] = nan ? bad : value ? bottom * lx : A(0);
+    const A w[4] = {top * (1 - lx), top * lx, bottom * (1 - lx), bottom * lx};
+    for (int q = 0; q < 4; q++)
+      corners.weight[q * corners.APART + at] = nan ? bad : value ? w[q] : A(0);
     corners.rest[at] = finite ? A(1) : m;
     special |= !finite;
     if (backward) {
@@ -222,13 +224,13 @@ static typename Vector<A>::V tap_corners_small(const dcn_params &p, const Frame 
     const V pixel = cell ? y * frame_row + x : nowhere;
     const M index = (M)((U) __builtin_convertvector(pixel, M) * (I)pitch);
     const V hx = one - lx, top = (one - ly) * m, bottom = ly * m;
-    V w[4] = {top * hx, top * lx, bottom * hx, bottom * lx};
+    const V w[4] = {top * hx, top * lx, bottom * hx, bottom * lx};
     finite += zero * w[3];
     const int64_t at = row + i;
     *(WideUnaligned *)(corners.at + at) = __builtin_convertvector(index, Wide);
 #pragma GCC unroll 4
     for (int q = 0; q < 4; q++)
-      store(corners.weight[q] + at, backward ? keep<A>(value, w[q]) : w[q]);
+      store(corners.weight + q * corners.APART + at, backward ? keep<A>(value, w[q]) : w[q]);
     if (backward || VARIANTS == ONE_VARIANT) store(corners.rest + at, one);
     if (backward) {
       store(corners.mask + at, m);

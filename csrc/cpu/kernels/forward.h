@@ -38,7 +38,7 @@ constexpr int64_t WAVE_SHARE = 512 << 10, WAVE_BYTES = 4 << 20;
 constexpr int64_t PACK_PIXELS = 256; /* pixels of one packing task */
 /* The result of a tile, and its bytes a column. */
 constexpr int64_t TILE_BYTES = 512 << 10;
-constexpr int64_t TILE_COLUMN = 224 * 4;
+constexpr int64_t TILE_COLUMN = MOST_PIXELS * 4;
 constexpr int64_t STRIP = DCN_VECTOR_BYTES == 64 ? 2 * ROWS : 8 * ROWS; /* pixels */
 /* Tiles that are enough for each of several threads, and pixels from which on one is halved for that. */
 constexpr int64_t TILES_OF_A_THREAD = 14, SHARED_TILE = 8 * ROWS;
@@ -341,9 +341,10 @@ static void depthwise_vectors(const A *slab, const Steps &steps, const Corners<A
     for (int64_t t = 0; t < taps; t++) { /* the hot loop */
       const int64_t at = t * tile + i;
       const A *v00 = slab + corners.at[at], *v01 = opaque(v00 + steps.right);
-      const A *v10 = opaque(v00 + steps.down), *v11 = opaque(v00 + steps.both);
-      const V w00 = splat(corners.weight[0][at]), w01 = splat(corners.weight[1][at]);
-      const V w10 = splat(corners.weight[2][at]), w11 = splat(corners.weight[3][at]);
+      const A *v10 = opaque(v00 + steps.down), *v11 = opaque(v10 + steps.right);
+      const A *w = corners.weight + at;
+      const V w00 = splat(w[0]), w01 = splat(w[corners.APART]);
+      const V w10 = splat(w[2 * corners.APART]), w11 = splat(w[3 * corners.APART]);
 #pragma GCC unroll 4
       for (int v = 0; v < VECTORS; v++) {
         V s = load(v00 + v * L);

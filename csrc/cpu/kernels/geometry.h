@@ -24,7 +24,8 @@ namespace DCN_ISA {
 constexpr int64_t SLAB = 64;      /* channels of a slab */
 constexpr int64_t DEPTH = 576;    /* columns of a chunk: 9 taps of 64 channels */
 constexpr int64_t MOST_TAPS = 64; /* taps of a chunk of few channels: bounds the corners' memory */
-constexpr int64_t LINE = 64;      /* bytes of a cache line */
+constexpr int64_t MOST_PIXELS = 224; /* of a tile */
+constexpr int64_t LINE = 64;         /* bytes of a cache line */
 
 DCN_INLINE int64_t plane_in(const dcn_params &p) { return p.in_h * p.in_w; }
 DCN_INLINE int64_t plane_out(const dcn_params &p) { return p.out_h * p.out_w; }

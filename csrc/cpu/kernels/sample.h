@@ -39,17 +39,15 @@ static void sample_vectors(const A *slab, const Steps &steps, const Corners<A> &
                            int64_t row, int64_t pixels, int64_t vectors, A *columns,
                            int64_t pitch) {
   typedef typename Vector<A>::V V;
-  constexpr int64_t L = Vector<A>::lanes;
+  constexpr int64_t L = Vector<A>::lanes, APART = Corners<A>::APART;
   const int64_t count = VECTORS ? VECTORS : vectors;
   const int64_t *at = corners.at + row;
-  const A *weight00 = corners.weight[0] + row, *weight01 = corners.weight[1] + row;
-  const A *weight10 = corners.weight[2] + row, *weight11 = corners.weight[3] + row;
-  const A *rest = corners.rest + row;
+  const A *weight = corners.weight + row, *rest = corners.rest + row;
   for (int64_t i = 0; i < pixels; i++) {
-    const A *v00 = slab + at[i], *v01 = v00 + steps.right;
-    const A *v10 = v00 + steps.down, *v11 = v00 + steps.both;
-    const V w00 = splat(weight00[i]), w01 = splat(weight01[i]);
-    const V w10 = splat(weight10[i]), w11 = splat(weight11[i]);
+    const A *v00 = slab + at[i], *v01 = opaque(v00 + steps.right);
+    const A *v10 = opaque(v00 + steps.down), *v11 = opaque(v10 + steps.right);
+    const V w00 = splat(weight[i]), w01 = splat(weight[i + APART]);
+    const V w10 = splat(weight[i + 2 * APART]), w11 = splat(weight[i + 3 * APART]);
     A *to = columns + i * pitch;
 #pragma GCC unroll 4
     for (int64_t v = 0; v < count; v++) { /* the hot loop */

@@ -55,7 +55,7 @@ struct Visit {
 #pragma GCC unroll 4
     for (int q = 0; q < 4; q++) {
       input[q] = opaque((A *)value[q] + to_input);
-      weight[q] = splat(corners.weight[q][at]);
+      weight[q] = splat(corners.weight[q * corners.APART + at]);
       products[q] = V{};
     }
     rest = splat(corners.rest[at]);

@@ -103,6 +103,62 @@ __attribute__((noinline, cold)) static void edge_products(const Scatter<A> &s, c
   }
 }
 
+#if DCN_VECTOR_BYTES == 64
+/* Whether some sample of a chunk is exactly at -1. */
+template <class A>
+static bool has_edges(const Corners<A> &corners, int64_t taps, int64_t tile, int64_t pixels) {
+  typename Corners<A>::I states = 0;
+  for (int64_t t = 0; t < taps; t++)
+    for (int64_t i = 0; i < pixels; i++) states |= corners.state[t * tile + i];
+  return states & EDGE;
+}
+
+/* All three for a block of one vector and finite masks, no sample exactly at -1: the same operations in
+ * the same order, but those that sum two taps' products over lanes are shared, and addresses are made
+ * for one vector. Per sample 12 multiply-adds, 12 other operations on vectors, nine loads. */
+template <class A>
+static void scatter_vector(const Scatter<A> &block, const Steps &block_steps,
+                           const Corners<A> &block_corners, int64_t taps, int64_t tile,
+                           int64_t pixels, A *columns, int64_t pitch) {
+  typedef typename Vector<A>::V V;
+  const Scatter<A> s = block; /* copies, which no store can change */
+  const Steps steps = block_steps;
+  const Corners<A> corners = block_corners;
+  constexpr int64_t L = Vector<A>::lanes;
+  const int64_t right = steps.right, down = steps.down;
+  const int64_t plane = corners.weight[1] - corners.weight[0]; /* one register for four arrays */
+  const auto visit = [&](int64_t at, A *column, V *products) {
+    const A *upper = s.slab + corners.at[at], *lower = upper + down;
+    A *upper_input = s.input + corners.at[at], *lower_input = upper_input + down;
+    const A *weight = corners.weight[0] + at;
+    const V h = load(column),
+            x[4] = {load(upper), load(upper + right), load(lower), load(lower + right)};
+    const V w[4] = {splat(weight[0]), splat(weight[plane]), splat(weight[2 * plane]),
+                    splat(weight[3 * plane])};
+    store(upper_input, load(upper_input) + w[0] * h);
+    store(upper_input + right, load(upper_input + right) + w[1] * h);
+    store(lower_input, load(lower_input) + w[2] * h);
+    store(lower_input + right, load(lower_input + right) + w[3] * h);
+    store(column, V{} + w[0] * x[0] + w[1] * x[1] + w[2] * x[2] + w[3] * x[3]);
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; q++) products[q] = V{} + h * x[q];
+  };
+  for (int64_t i = 0; i < pixels; i++) {
+    A *h = columns + i * pitch;
+    int64_t t = 0, at = i;
+    V products[8];
+    for (; t + 1 < taps; t += 2, at += 2 * tile, h += 2 * L) { /* the hot loop */
+      visit(at, h, products);
+      visit(at + tile, h + L, products + 4);
+      sum4_twice<A>(products, products + 4, s.products + 4 * at, s.products + 4 * (at + tile));
+    }
+    if (t == taps) continue;
+    visit(at, h, products);
+    sum4<A>(products[0], products[1], products[2], products[3], s.products + 4 * at);
+  }
+}
+#endif
+
 /* VECTORS whole vectors of channels, -1: as many as there are; SPECIAL: some mask is not finite. */
 template <class A, int VECTORS, bool SPECIAL, class Want>
 static void scatter_pixels(const Want wanted, const Scatter<A> &block, const Steps &block_steps,
@@ -116,6 +172,11 @@ static void scatter_pixels(const Want wanted, const Scatter<A> &block, const Ste
   const int64_t whole = VECTORS >= 0 ? VECTORS : s.channels / L;
   const bool tail = s.channels % L;
   const typename Vector<A>::Mask lanes = first_lanes<A>((int)(s.channels % L));
+#if DCN_VECTOR_BYTES == 64
+  if constexpr (VECTORS == 1 && sizeof(A) == 4)
+    if (!tail && !has_edges(corners, taps, tile, pixels))
+      return scatter_vector(s, steps, corners, taps, tile, pixels, columns, pitch);
+#endif
   for (int64_t i = 0; i < pixels; i++) {
     A *h = columns + i * pitch;
     for (int64_t t = 0, at = i; t < taps; t++, at += tile, h += s.channels) {

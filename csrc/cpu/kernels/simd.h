@@ -234,6 +234,21 @@ DCN_INLINE void sum4(typename Vector<A>::V a, typename Vector<A>::V b, typename 
   }
 }
 
+/* The same of two times four vectors, bit by bit: three shuffles less with AVX-512. */
+template <class A>
+DCN_INLINE void sum4_twice(const typename Vector<A>::V *a, const typename Vector<A>::V *b, A *of_a,
+                           A *of_b) {
+  static_assert(Vector<A>::lanes == 16, "another width has other steps");
+  typename Vector<A>::V v = add_pairs<A>(add_pairs<A>(a[0], a[1]), add_pairs<A>(a[2], a[3]));
+  typename Vector<A>::V w = add_pairs<A>(add_pairs<A>(b[0], b[1]), add_pairs<A>(b[2], b[3]));
+  swap_blocks<A, 4>(v, w);
+  v = add_blocks<A, 8>(v + w);
+  A sums[8];
+  __builtin_memcpy(sums, &v, sizeof sums);
+  __builtin_memcpy(of_a, sums, 4 * sizeof(A));
+  __builtin_memcpy(of_b, sums + 4, 4 * sizeof(A));
+}
+
 /* The sum of the lanes: halves added to each other until one is left. */
 template <class A, int S = Vector<A>::lanes / 2>
 DCN_INLINE A fold(typename Vector<A>::V v) {

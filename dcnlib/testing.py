@@ -111,6 +111,7 @@ PROBLEMS = {
     "depthwise_2": Geometry(1, 6, 9, 8, 12, (3, 3), (1, 1), (1, 1, 1, 1), (1, 1), 6, 6),
     "kernel_7": Geometry(1, 3, 12, 13, 5, (7, 7), padding=(3, 3, 3, 3)),
     "channels_1": Geometry(1, 1, 15, 16, 1, (3, 3)),
+    "channels_16": Geometry(2, 16, 9, 12, 5, (3, 3), padding=(1, 1, 1, 1)),
     "channels_17": Geometry(1, 17, 10, 15, 3, (3, 3)),
     "channels_33": Geometry(1, 33, 6, 19, 17, (3, 3), padding=(1, 1, 1, 1)),
     "channels_64": Geometry(1, 64, 7, 16, 32, (3, 3), padding=(1, 1, 1, 1)),

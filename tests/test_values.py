@@ -24,7 +24,8 @@ SMALL = (2, 2, 1)  # amplitudes that keep the longest sums of PROBLEMS exact
 #: Sums over groups and blocks of every kind, none too large to run often.
 NAMES = [
     "plain", "v1", "strided", "dilated", "grouped", "offset_groups", "groups_across", "depthwise",
-    "depthwise_2", "pointwise", "kernel_7", "channels_33", "channels_130_split", "width_113",
+    "depthwise_2", "pointwise", "kernel_7", "channels_16", "channels_33", "channels_130_split",
+    "width_113",
 ]  # fmt: skip
 
 
@@ -330,7 +331,7 @@ def test_nan_offset(which, mask_is_zero, dtype, backend):
             )
 
 
-@pytest.mark.parametrize("name", ["plain", "depthwise", "channels_33", "width_113"])
+@pytest.mark.parametrize("name", ["plain", "depthwise", "channels_16", "channels_33", "width_113"])
 @pytest.mark.parametrize(("tensor", "value"), [("offset", np.nan), ("mask", np.inf)])
 def test_special_number_changes_no_other_bit(name, tensor, value, dtype, backend):
     """Corners around one that is not finite are found in another way, and are the same."""
@@ -342,6 +343,19 @@ def test_special_number_changes_no_other_bit(name, tensor, value, dtype, backend
         assert np.count_nonzero(~there) < there.size / 4
         np.testing.assert_array_equal(actual[output][there], clean[output][there], output)
     assert not np.isfinite(actual["output"].astype(np.float64)).all()
+
+
+@pytest.mark.parametrize("name", ["plain", "channels_16", "channels_33"])
+def test_sample_at_minus_1_changes_no_other_bit(name, dtype, backend):
+    """It has a derivative, which one further out has not, and for which loops may differ."""
+    call = testing.real(PROBLEMS[name], 0).astype(dtype)
+    call = changed(call, "offset", (0, 1, 0, 3), 0.5)
+    at_edge, outside = (
+        changed(call, "offset", (0, 0, 0, 3), offset).run(backend) for offset in (0.0, -3.0)
+    )
+    for output in OUTPUTS:
+        differ = np.argwhere(at_edge[output] != outside[output]).tolist()
+        assert differ == ([[0, 0, 0, 3]] if output == "grad_offset" else []), output
 
 
 @pytest.mark.parametrize("name", NAMES)

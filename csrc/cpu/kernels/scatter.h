@@ -124,17 +124,16 @@ static void scatter_vector(const Scatter<A> &block, const Steps &block_steps,
   const Scatter<A> s = block; /* copies, which no store can change */
   const Steps steps = block_steps;
   const Corners<A> corners = block_corners;
-  constexpr int64_t L = Vector<A>::lanes;
+  constexpr int64_t L = Vector<A>::lanes, APART = Corners<A>::APART;
   const int64_t right = steps.right, down = steps.down;
-  const int64_t plane = corners.weight[1] - corners.weight[0]; /* one register for four arrays */
   const auto visit = [&](int64_t at, A *column, V *products) {
     const A *upper = s.slab + corners.at[at], *lower = upper + down;
     A *upper_input = s.input + corners.at[at], *lower_input = upper_input + down;
-    const A *weight = corners.weight[0] + at;
+    const A *weight = corners.weight + at;
     const V h = load(column),
             x[4] = {load(upper), load(upper + right), load(lower), load(lower + right)};
-    const V w[4] = {splat(weight[0]), splat(weight[plane]), splat(weight[2 * plane]),
-                    splat(weight[3 * plane])};
+    const V w[4] = {splat(weight[0]), splat(weight[APART]), splat(weight[2 * APART]),
+                    splat(weight[3 * APART])};
     store(upper_input, load(upper_input) + w[0] * h);
     store(upper_input + right, load(upper_input + right) + w[1] * h);
     store(lower_input, load(lower_input) + w[2] * h);

@@ -72,7 +72,7 @@ PART_FLAGS: dict[tuple[str, str], list[str]] = {(i, part): [] for i in KERNELS f
 if RELEASE:
     # A wheel is to have half a megabyte. All options give the same bits; what they cost in speed:
     #   FAST   of -O3's loops hand-vectorised ones keep their speed; loops that the compiler vectorises
-    #          need the cost model of -O3. float32, both directions, within 2 % of the default build
+    #          need the cost model of -O3. float32, both directions, 1 % longer than in the default build
     #   SMALL  float64 and RoI pooling, a tenth to a third slower
     # Without the scalar kernels, an instrument of the tests. Below -O3 GCC does not see that a loop over
     # lanes fills the vector, and warns.
@@ -88,10 +88,10 @@ if RELEASE:
     SMALL = ["-Os", "-DDCN_VARIANTS=0"]
     PART_FLAGS = {(isa, part): FAST for isa in KERNELS for part in PARTS}
     if X86:
-        # What each instruction set has of its own, and what the rest costs: with AVX-512 float64 takes
-        # twice as long, resampling a third longer; RoI pooling and resampling in float64, from SSE2,
-        # half as long again (7 kB). float64 convolutions from SSE2, too, would save 14 kB more and double
-        # their time; RoI pooling from SSE2 6 kB, for half as much time again.
+        # What the rest costs: with AVX-512 float64 takes twice as long, resampling a third longer; from
+        # SSE2 RoI pooling in float64 takes 1.4 times as long, resampling 1.7 times (7 kB). float64
+        # convolutions from SSE2, too, would save 15 kB more and double their time; RoI pooling 6 kB, for
+        # half as much time again.
         BORROWED |= {("avx512", part): "avx2" for part in PARTS if part != "CONV"}
         for isa in ("avx512", "avx2"):
             BORROWED |= {(isa, "POOL_DOUBLE"): "baseline", (isa, "RESAMPLE_DOUBLE"): "baseline"}

@@ -120,7 +120,8 @@ print(total, versions[0])
 
 
 def child(python: str, code: str, *arguments: str) -> str | None:
-    env = os.environ | {"OMP_NUM_THREADS": "", "GOMP_SPINCOUNT": "0"}
+    env = os.environ | {"GOMP_SPINCOUNT": "0"}
+    env.pop("OMP_NUM_THREADS", None)
     command = [python, "-P", "-c", code, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     return done.stdout.strip() if done.returncode == 0 else None

@@ -187,6 +187,7 @@ static void scatter_pixels(const Want wanted, const Scatter<A> &block, const Ste
         continue;
       }
       Visit<A> visit(s, steps, corners, at);
+      DCN_UNROLLED
       for (int64_t v = 0; v < whole; v++) { /* the hot loop */
         const V sample =
             visit.template channels<SPECIAL, false>(wanted, v * L, load(h + v * L), lanes);
@@ -223,7 +224,13 @@ static void with_variant(const Scatter<A> &s, bool special, bool columns, Functi
     if (special) return scatter_special();
     if (products && input && columns) {
       const Wanted<true, true, true> all;
-      if (s.channels / Vector<A>::lanes == 1) return scatter(all, Number<1>(), Number<false>());
+      const int64_t vectors = s.channels / Vector<A>::lanes;
+      if (vectors == 1) return scatter(all, Number<1>(), Number<false>());
+      if constexpr (VARIANTS == ALL_VARIANTS) {
+        if (vectors == 2) return scatter(all, Number<2>(), Number<false>());
+        if (vectors == 3) return scatter(all, Number<3>(), Number<false>());
+        if (vectors == 4) return scatter(all, Number<4>(), Number<false>());
+      }
       return scatter(all, Number<-1>(), Number<false>());
     }
     if constexpr (VARIANTS == SOME_VARIANTS) return scatter(any, Number<-1>(), Number<false>());
@@ -280,6 +287,7 @@ static void scatter_depthwise_pixels(const Want wanted, const Scatter<A> &block,
         continue;
       }
       Visit<A> visit(s, steps, corners, at);
+      DCN_UNROLLED
       for (int64_t v = 0; v < whole; v++) { /* the hot loop */
         const V g = load(output + v * L);
         const V sample =

@@ -250,6 +250,9 @@ def measure(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
 
     What is long and far behind the fastest runs in the first round only.
     """
+    # Once so much has been given back, glibc keeps what it gets: else large results, of one side or the
+    # other as it happens, are pages that the system clears again in each call.
+    np.empty(31 << 20, np.uint8)
     once = {}
     for name, call in calls.items():
         call()

@@ -57,7 +57,7 @@ static void gemm_registers(int64_t depth, const A *a, int64_t lda, const A *b, i
     for (int n = 0; n < N; n++) row[n] = load(b + n * L);
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      const A value = base[m / 3][m % 3 * lda];
+      const A value = factor(base[m / 3][m % 3 * lda]);
 #pragma GCC unroll 2
       for (int n = 0; n < N; n++) acc[m][n] += value * row[n];
     }

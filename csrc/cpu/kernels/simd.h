@@ -337,6 +337,16 @@ DCN_INLINE T *opaque(T *p) {
   return p;
 }
 
+/* A factor of whole vectors. On ARM a multiply-add takes it from a lane; read as a vector of copies, as the
+ * compiler likes to, it takes a place among the multiply-adds. */
+template <class A>
+DCN_INLINE A factor(A value) {
+#if defined(__aarch64__)
+  __asm__("" : "+w"(value));
+#endif
+  return value;
+}
+
 /* a x + b y with b y rounded: of two products the compiler would fuse either with the sum, and not the
  * same one under all options. */
 template <class V>

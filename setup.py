@@ -39,7 +39,7 @@ os.chdir(ROOT)
 MACHINE = os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).rsplit("-", 1)[-1]
 X86 = MACHINE in ("x86_64", "AMD64", "amd64")
 
-#: Of every C++ file. No -ffast-math: NaN and infinities are values, sums keep their order.
+#: Of every C++ file. No fast math: NaN and infinities are values, sums keep their order.
 CXX_FLAGS = [
     "-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti",
     "-fno-math-errno", "-fno-semantic-interposition", "-fstack-protector-strong",

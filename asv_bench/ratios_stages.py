@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import collections
 import json
-import os
 import re
 import shutil
 import statistics
@@ -67,13 +66,9 @@ def stages(options: argparse.Namespace) -> Iterator[Row]:
 def _watch(index: int, which: str, rounds: int) -> Row | None:
     """What a call takes and the shares of its stages; None without symbols."""
     command = [sys.executable, __file__, str(index), which, str(rounds)]
-    folder = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), folder]))
     with (
         tempfile.NamedTemporaryFile() as data,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
-        ) as child,
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child,
     ):
         assert child.stdout is not None
         try:

@@ -189,8 +189,8 @@ DCN_COLD static bool tap_corners(const dcn_params &p, const Frame &frame, int64_
 }
 
 #if DCN_VECTOR_BYTES
-/* The same for whole vectors of pixels of a small problem whose offsets and masks are finite: those of
- * which 0 times the sum that is returned is not 0 are not. */
+/* The same for whole vectors of pixels of a small problem whose offsets and masks are finite. A lane of the
+ * result is 0 if those of its pixels are, and NaN if one is not. */
 template <class A, bool backward>
 static typename Vector<A>::V tap_corners_small(const dcn_params &p, const Frame &frame, int64_t tap,
                                                const Tile<A> &tile, const Moves<A> &moves,

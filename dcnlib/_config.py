@@ -14,7 +14,7 @@ from ._problem import integer, value_error
 from .backends.cpu import _core
 
 #: Every instruction set that some build has, weakest first.
-_ISAS = ("scalar", "baseline", "avx2", "avx512")
+_ISAS = ("scalar", "baseline", "avx2", "avx512", "amx")
 
 _explicit_threads: int | None = None
 
@@ -103,9 +103,11 @@ def cpu_isa(limit: str | None = None) -> CpuIsa:
 
     Parameters
     ----------
-    limit : {"avx512", "avx2", "baseline", "scalar"}, optional
+    limit : {"amx", "avx512", "avx2", "baseline", "scalar"}, optional
         In a ``with`` block, for all threads: the best one to use; this processor's best if that
-        is less. "baseline" is SSE2 on x86-64 and NEON on AArch64. "scalar" takes one number at a
+        is less. "amx" is "avx512" with the products of float32 and the 16-bit types on the
+        processor's matrix unit, at float32's accuracy. "baseline" is SSE2 on x86-64 and NEON on
+        AArch64. "scalar" takes one number at a
         time; release wheels come without it and take "baseline". The environment variable
         ``DCNLIB_CPU_ISA`` does the same for a whole process.
 

@@ -214,7 +214,7 @@ def to_numpy(array: Any) -> np.ndarray:
 def cpu_isas() -> list[str]:
     """The instruction sets that the CPU backend can use on this machine."""
     usable = []
-    for isa in ("scalar", "baseline", "avx2", "avx512"):
+    for isa in ("scalar", "baseline", "avx2", "avx512", "amx"):
         with cpu_isa(isa):
             if cpu_isa() == isa:
                 usable.append(isa)

@@ -3,6 +3,7 @@
 Taps are copied: what lies beside them must not count, not even as 0 times infinity.
 """
 
+import math
 from functools import cache
 
 import numpy as np
@@ -221,10 +222,17 @@ def run(call, offset, weight):
     return output, problem
 
 
+def pixels(problem):
+    return math.prod(problem.output_shape[2:])
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_packed_weights_give_the_same_bits(name, isa, dtype):
-    """On both operators, for another batch and size than they were packed for, source overwritten."""
+    """On both operators, for another batch and size than they were packed for, source overwritten.
+
+    Unless the size asks for another form: then the source is read.
+    """
     call = testing.real(PROBLEMS[name], 6).astype(dtype)
     wide = call._replace(input=np.pad(call.input, ((0, 1), (0, 0), (0, 3), (2, 0))))
     with dcnlib.cpu_isa(isa):
@@ -235,7 +243,9 @@ def test_packed_weights_give_the_same_bits(name, isa, dtype):
             source[...] = np.nan
             assert run(call, offset, packed)[0].tobytes() == expected.tobytes()
             if offset is None:
-                expected, _ = run(wide, None, None)
+                expected, other = run(wide, None, None)
+                if isa == "amx" and (pixels(problem) < 64) != (pixels(other) < 64):
+                    source[...] = call.weight
                 assert run(wide, None, packed)[0].tobytes() == expected.tobytes()
 
 

@@ -261,7 +261,7 @@ def test_run_names_everything():
 def test_isas():
     isas = testing.cpu_isas()
     assert "baseline" in isas
-    assert isas == [isa for isa in ("scalar", "baseline", "avx2", "avx512") if isa in isas]
+    assert isas == [isa for isa in ("scalar", "baseline", "avx2", "avx512", "amx") if isa in isas]
 
 
 def test_dtypes_by_name():

@@ -6,7 +6,7 @@ from .common import DIRECTIONS, LAYERS, Timed, numpy_call, skip
 
 
 class Isas(Timed):
-    params = [["avx512", "avx2", "baseline", "scalar"], list(LAYERS), DIRECTIONS]
+    params = [["amx", "avx512", "avx2", "baseline", "scalar"], list(LAYERS), DIRECTIONS]
     param_names = ["isa", "layer", "direction"]
 
     def setup(self, isa, layer, direction):

@@ -67,12 +67,13 @@ def use(name: str) -> None:
 
 
 cdef class PackedWeight:
-    """A weight as the instruction set in use reads it, for calls with one `packing_key`.
+    """A weight as the instruction set in use reads it, for calls with one `packing_key` and form.
 
     A call that it does not fit takes `source`, the weight itself.
     """
     cdef readonly object source
     cdef object key
+    cdef int64_t form
     cdef void *memory
     cdef const dcn_cpu_operator *kernel
 
@@ -88,6 +89,7 @@ cdef class PackedWeight:
         memset(&tensors, 0, sizeof(tensors))
         tensors.weight = address(weight, False)
         self.kernel.plan(&params, DCN_FORWARD, 0, 1, &plan)
+        self.form = plan.weight_form
         if posix_memalign(&self.memory, DCN_LINE, plan.weight_bytes + DCN_LINE) != 0:
             self.memory = NULL
             raise MemoryError(
@@ -133,7 +135,7 @@ def forward(problem, num_threads, input, offset, weight, bias, mask, output, /) 
     tensors.output = address(output, True)
     execute(
         &kernels.deform_conv2d, &params, &tensors, DCN_FORWARD, 0, num_threads,
-        NULL if packed is None else packed.memory,
+        NULL if packed is None else packed.memory, 0 if packed is None else packed.form,
     )
 
 
@@ -267,7 +269,7 @@ cdef void *address(operand, bint write) except? NULL:
 
 cdef int execute(
     const dcn_cpu_operator *kernel, dcn_params *params, dcn_tensors *tensors, int direction,
-    int wanted, int64_t num_threads, const void *packed=NULL,
+    int wanted, int64_t num_threads, const void *packed=NULL, int64_t form=0,
 ) except -1:
     cdef dcn_cpu_plan plan
     cdef dcn_cpu_call call
@@ -288,7 +290,7 @@ cdef int execute(
             memory = workspace(&plan, 1, &bytes)
         if memory != NULL:
             call.params, call.tensors, call.plan, call.direction = params, tensors, &plan, direction
-            call.shared, call.packed = memory, packed
+            call.shared, call.packed = memory, packed if plan.weight_form == form else NULL
             threads = dcn_threads_possible(allowed)
             dcn_threads_run(kernel, &call, <char *>memory + scratch_at(&plan, 0), threads)
             dcn_workspace_give(memory)

@@ -43,6 +43,7 @@ typedef struct {
   size_t scratch_bytes;      /* workspace of each thread, 64-byte aligned by the caller */
   int64_t weight_tasks;      /* forward: the first tasks of phase 0, which pack the weights ... */
   size_t weight_bytes;       /* ... into the first bytes of the workspace and need no scratch */
+  int64_t weight_form;       /* how they lie there, of several ways that a table may have */
   int64_t work;              /* multiply-adds of the whole call: too few are not worth a team */
   int64_t internal;          /* the kernels' own note */
 } dcn_cpu_plan;
@@ -56,7 +57,7 @@ typedef struct {
   int direction;
   void *shared;
   /* Forward: weights packed by those tasks of an earlier call on the same instruction set, with the
-   * same channels, kernel, groups, offset groups and dtype; null to pack them now. */
+   * same channels, kernel, groups, offset groups, dtype and form; null to pack them now. */
   const void *packed;
 } dcn_cpu_call;
 

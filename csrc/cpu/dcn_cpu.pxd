@@ -15,6 +15,7 @@ cdef extern from "dcn_cpu.h" nogil:
         size_t shared_bytes, scratch_bytes
         int64_t weight_tasks
         size_t weight_bytes
+        int64_t weight_form
         int64_t work
 
     ctypedef struct dcn_cpu_call:

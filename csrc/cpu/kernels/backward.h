@@ -59,6 +59,9 @@ constexpr int64_t MANY_OUTPUTS = 256;
 constexpr int64_t LARGE_TILE_BYTES = 480 << 10;
 constexpr int64_t LARGE_TILE_PIXELS = 196;
 static_assert(LARGE_TILE_PIXELS <= MOST_PIXELS, "the distance of the corners' weights");
+/* The matrix unit is to have much to do at a time. */
+constexpr int64_t SPLIT_TILE_BYTES = 480 << 10, SPLIT_TILE_PIXELS = 192;
+constexpr int64_t SPLIT_PASS = 256;  /* rows of a product that are split together */
 constexpr int64_t LATE_SLABS = 4;    /* up to which grad_output is turned for each of them */
 constexpr int64_t BAND_PIXELS = 512; /* a band has at least this many */
 constexpr int64_t MOST_BANDS = 4;    /* slabs * bands beyond which slabs alone are enough */
@@ -75,6 +78,7 @@ struct Backward {
   bool direct_samples; /* grad_offset and grad_mask are summed in place */
   bool together;       /* a task takes an image through phases 0 to 2 */
   bool alone;          /* a task takes a slab's weights through phases 0 to 3 */
+  bool split;          /* products by the matrix unit */
   Slabs<A> slabs;
   Frame frame;
   bool small;          /* positions and indices fit into A's integers */
@@ -90,8 +94,9 @@ struct Backward {
   int64_t pack_tasks, output_tasks, bias_tasks;
   int64_t pieces; /* of BIAS_OUTPUTS outputs, of a group */
 
-  Backward(const dcn_params &params, int wanted, int num_threads)
+  Backward(const dcn_params &params, int wanted, int num_threads, bool matrix)
       : p(params), slabs(params), frame(params) {
+    split = matrix && may_split<A>(p);
     need_input = wanted & DCN_GRAD_INPUT;
     need_samples_gradient = wanted & (DCN_GRAD_OFFSET | DCN_GRAD_MASK);
     need_weight = wanted & DCN_GRAD_WEIGHT;
@@ -111,8 +116,13 @@ struct Backward {
     columns_row = is_depthwise(p) ? 0 : columns_pitch(p, slabs);
     chunk = chunk_taps(p, slabs);
     const bool large = group_out(p) >= MANY_OUTPUTS;
-    const int64_t most_bytes = large ? LARGE_TILE_BYTES : BACKWARD_TILE_BYTES;
-    const int64_t most_pixels = (large ? LARGE_TILE_PIXELS : BACKWARD_TILE_PIXELS) * 4 / size;
+    const int64_t most_bytes = large   ? LARGE_TILE_BYTES
+                               : split ? SPLIT_TILE_BYTES
+                                       : BACKWARD_TILE_BYTES;
+    const int64_t most_pixels = (large   ? LARGE_TILE_PIXELS
+                                 : split ? SPLIT_TILE_PIXELS
+                                         : BACKWARD_TILE_PIXELS) *
+                                4 / size;
     tile = columns_row ? most_bytes / (columns_row * size) / ROWS * ROWS : most_pixels;
     tile = max((int64_t)2 * ROWS, min(tile, most_pixels));
     tile = ceil_div(pixels, ceil_div(pixels, tile));
@@ -215,8 +225,11 @@ struct BackwardScratch {
   A *row, *turned; /* an output's weights of a slab, before and behind a transposition */
   A *columns, *products;
   A *output; /* of a tile, if late */
+  SplitScratch parts;
   BackwardScratch(const Backward<A> &b, Arena &arena)
-      : tile(arena, b.tile_pitch), corners(arena, b.chunk * b.tile_pitch, true) {
+      : tile(arena, b.tile_pitch),
+        corners(arena, b.chunk * b.tile_pitch, true),
+        parts(arena, b.split ? SPLIT_PASS : 0) {
     const int64_t values = SLAB * taps_of(b.p) + Vector<A>::lanes;
     row = arena.take<A>(max(SUM_RUN, values));
     turned = arena.take<A>(values);
@@ -364,6 +377,19 @@ static void touch(const Corners<A> &corners, int64_t taps, int64_t tile, int64_t
   }
 }
 
+/* `gemm` of `columns` columns. */
+template <class A>
+static void multiply(const Backward<A> &b, int64_t rows, int64_t columns, int64_t depth, const A *a,
+                     int64_t lda, const A *panels, int64_t ldb, int64_t panel_step, A *c,
+                     int64_t ldc, bool accumulate, const BackwardScratch<A> &s) {
+  if constexpr (SPLITS<A>)
+    if (b.split)
+      return gemm_split(rows, columns, depth, a, lda, panels, ldb, panel_step, c, ldc, accumulate,
+                        s.parts);
+  gemm(rows, ceil_div(columns, (int64_t)Vector<A>::lanes), depth, a, lda, panels, ldb, panel_step,
+       c, ldc, accumulate);
+}
+
 template <class A>
 static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
                           const BackwardShared<A> &shared, int64_t image, int64_t slot,
@@ -438,18 +464,17 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
             } else {
               const int64_t chunk_column =
                   next_column + tap / b.chunk * b.chunk_columns(block.count);
-              const int64_t vectors = ceil_div(count * block.count, L);
               if (b.need_columns_gradient())
-                gemm(pixels, vectors, outputs, output + block.group * outputs, b.output_row,
-                     weight + chunk_column * outputs, 2 * L, outputs * 2 * L, s.columns,
-                     b.columns_row, false);
+                multiply(b, pixels, count * block.count, outputs, output + block.group * outputs,
+                         b.output_row, weight + chunk_column * outputs, 2 * L, outputs * 2 * L,
+                         s.columns, b.columns_row, false, s);
               scatter_block(scatter, steps, s.corners, special, count, b.tile_pitch, pixels,
                             s.columns, b.columns_row, b.need_weight);
               if (share)
-                gemm(outputs, vectors, pixels,
-                     lines.at + block.group * outputs * lines.pitch + first, lines.pitch, s.columns,
-                     b.columns_row, 2 * L, share + chunk_column, b.share_row,
-                     !first_wave || tile > first_tile);
+                multiply(b, outputs, count * block.count, pixels,
+                         lines.at + block.group * outputs * lines.pitch + first, lines.pitch,
+                         s.columns, b.columns_row, 2 * L, share + chunk_column, b.share_row,
+                         !first_wave || tile > first_tile, s);
             }
             if (b.need_samples_gradient)
               add_sample_gradients(s.corners, s.products, tap, count, b.tile_pitch, first, pixels,
@@ -642,8 +667,9 @@ static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors, cons
 }
 
 template <class A>
-static void backward_plan(const dcn_params &p, int wanted, int num_threads, dcn_cpu_plan *plan) {
-  const Backward<A> b(p, wanted, num_threads);
+static void backward_plan(const dcn_params &p, int wanted, int num_threads, bool matrix,
+                          dcn_cpu_plan *plan) {
+  const Backward<A> b(p, wanted, num_threads, matrix);
   Arena shared = {nullptr, 0}, scratch = {nullptr, 0};
   BackwardScratch<A>(b, scratch);
   BackwardShared<A>(b, shared, scratch);
@@ -660,7 +686,7 @@ static void backward_plan(const dcn_params &p, int wanted, int num_threads, dcn_
   }
   plan->shared_bytes = shared.used;
   plan->scratch_bytes = scratch.used;
-  plan->internal = (int64_t)num_threads << 8 | wanted;
+  plan->internal = (int64_t)num_threads << 9 | matrix << 8 | wanted;
 }
 
 /* A task of phase 0 that belongs to one image. */
@@ -712,7 +738,8 @@ static void backward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, 
                          void *memory) {
   const dcn_params &p = *call.params;
   const dcn_tensors &tensors = *call.tensors;
-  const Backward<A> b(p, (int)(call.plan->internal & 0xff), (int)(call.plan->internal >> 8));
+  const int64_t internal = call.plan->internal;
+  const Backward<A> b(p, (int)(internal & 0xff), (int)(internal >> 9), internal >> 8 & 1);
   Arena shared_arena = {(char *)call.shared, 0}, arena = {(char *)memory, 0};
   const BackwardScratch<A> s(b, arena);
   const BackwardShared<A> shared(b, shared_arena, arena);

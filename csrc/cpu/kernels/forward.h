@@ -27,9 +27,8 @@
 #ifndef DCN_FORWARD_H
 #define DCN_FORWARD_H
 
-#include "gemm_tile.h"
 #include "layout.h"
-#include "sample.h"
+#include "sample_split.h"
 
 namespace DCN_ISA {
 
@@ -44,35 +43,52 @@ constexpr int64_t STRIP = DCN_VECTOR_BYTES == 64 ? 2 * ROWS : 8 * ROWS; /* pixel
 constexpr int64_t TILES_OF_A_THREAD = 14, SHARED_TILE = 8 * ROWS;
 constexpr int64_t LATE_BYTES = 1 << 20; /* weights from which on they may be packed late */
 constexpr int PIECES = 16;              /* blocks that are multiplied together */
+/* Weights that are split once for all tiles, to half as much again. */
+constexpr int64_t SPLIT_WEIGHTS = 1 << 20;
 
 template <class A>
 struct Forward {
   const dcn_params &p;
   Slabs<A> slabs;
   Frame frame;
-  bool small;          /* positions and indices fit into A's integers */
-  int64_t plane;       /* values of one packed slab of one image, slack included */
-  int64_t padded_out;  /* outputs of a group, rounded up to whole vectors */
-  int64_t panels;      /* panels of a group: two vectors of outputs each */
-  int64_t depth;       /* C/groups * KH * KW */
-  int64_t columns_row; /* values of a row of columns */
-  int64_t result_row;  /* values of a row of the result */
-  int64_t tile, tiles; /* pixels of a tile; tiles of an image */
-  bool late;           /* weights are packed by the tiles' tasks */
-  int64_t parts;       /* tasks of a tile, by panels */
-  int64_t tile_pitch;  /* pixels between two taps' rows of corners */
-  int64_t wave;        /* images of a wave */
-  int64_t chunk;       /* taps of a chunk */
-  int64_t pack_tasks;  /* packing tasks of an image */
+  bool small;             /* positions and indices fit into A's integers */
+  int64_t plane;          /* values of one packed slab of one image, slack included */
+  int64_t padded_out;     /* outputs of a group, rounded up to whole vectors */
+  int64_t panels;         /* panels of a group: two vectors of outputs each */
+  int64_t elements;       /* C/groups * KH * KW: weights of an output */
+  int64_t depth;          /* rows of a panel: as many, or more for the matrix unit */
+  int64_t columns_row;    /* values of a row of columns */
+  int64_t result_row;     /* values of a row of the result */
+  int64_t tile, tiles;    /* pixels of a tile; tiles of an image */
+  bool split;             /* products by the matrix unit */
+  bool split_weights;     /* packed weights are split already */
+  bool late;              /* weights are packed by the tiles' tasks */
+  int64_t parts;          /* tasks of a tile, by panels */
+  int64_t tile_pitch;     /* pixels between two taps' rows of corners */
+  int64_t wave;           /* images of a wave */
+  int64_t chunk;          /* taps of a chunk */
+  int64_t pack_tasks;     /* packing tasks of an image */
+  int64_t panel_values;   /* of a packed panel of weights */
+  int64_t block_channels; /* of a block, at most */
+  int64_t most_columns;   /* that are multiplied together */
 
-  Forward(const dcn_params &params, int num_threads) : p(params), slabs(params), frame(params) {
+  Forward(const dcn_params &params, int num_threads, bool matrix)
+      : p(params), slabs(params), frame(params) {
     constexpr int64_t L = Vector<A>::lanes;
     small = is_small<A>(p, frame);
     plane = frame.pixels * slabs.pitch + LINE / (int64_t)sizeof(A);
     padded_out = round_up(group_out(p), L);
     panels = ceil_div(padded_out, 2 * L);
-    depth = group_in(p) * taps_of(p);
+    elements = depth = group_in(p) * taps_of(p);
     chunk = chunk_taps(p, slabs);
+    split = matrix && may_split<A>(p) && group_in(p) % slabs.unit == 0 &&
+            offset_group_in(p) % slabs.unit == 0;
+    block_channels = split ? BLOCK : SLAB;
+    most_columns = split ? max(DEPTH / 2, piece_rows(min(slabs.unit, BLOCK), chunk)) : DEPTH;
+    if (split) depth = group_in(p) / slabs.unit * unit_rows();
+    panel_values = depth * 2 * L;
+    split_weights = split && p.groups * panels * panel_values <= SPLIT_WEIGHTS;
+    if (split_weights) panel_values = depth / BLOCK * (int64_t)(sizeof(SplitBlock) / sizeof(A));
     if (is_depthwise(p)) {
       columns_row = 0;
       result_row = slabs.pitch;
@@ -88,7 +104,8 @@ struct Forward {
     /* What is one tile in float32 is two in float64. */
     late = !is_depthwise(p) && chunk == taps_of(p) &&
            tiles * batch <= (int64_t)(sizeof(A) / sizeof(float)) &&
-           p.groups * panels * depth * 2 * L * (int64_t)sizeof(A) >= LATE_BYTES;
+           p.groups * panels * panel_values * (int64_t)sizeof(A) >= LATE_BYTES &&
+           (!split || most_columns <= DEPTH / 2);
     parts = late ? min(panels, (int64_t)num_threads) : 1;
     /* Few tiles: more and smaller ones, so that threads end together; then as many for each. */
     if (!late && num_threads > 1) {
@@ -111,7 +128,37 @@ struct Forward {
   int64_t weight_tasks() const { return is_depthwise(p) ? 1 : p.groups * panels; }
   int64_t weight_values() const {
     return is_depthwise(p) ? group_out(p) * taps_of(p) * (p.in_channels + Vector<A>::lanes)
-                           : p.groups * panels * depth * 2 * Vector<A>::lanes;
+                           : p.groups * panels * panel_values;
+  }
+
+  Block block(int64_t begin, int64_t slab_end) const {
+    return block_at(p, begin, min(slab_end, begin + block_channels));
+  }
+  /* Rows of a group's panel. A block's are [tap][channel]; for the matrix unit, [chunk][tap][channel] with
+   * channels in whole vectors and chunks in whole blocks of k. */
+  int64_t piece_rows(int64_t channels, int64_t taps) const {
+    return split ? round_up(taps * tap_rows(channels), BLOCK) : taps * channels;
+  }
+  int64_t block_rows(int64_t channels) const {
+    const int64_t taps = taps_of(p);
+    return split ? ceil_div(taps, chunk) * piece_rows(channels, chunk) : taps * channels;
+  }
+  int64_t tap_rows(int64_t channels) const {
+    return split ? round_up(channels, (int64_t)Vector<A>::lanes) : channels;
+  }
+  int64_t row_in_block(int64_t channels, int64_t tap, int64_t channel) const {
+    if (!split) return tap * channels + channel;
+    return tap / chunk * piece_rows(channels, chunk) + tap % chunk * tap_rows(channels) + channel;
+  }
+  /* Of the units that offset groups leave together, all blocks are BLOCK wide but the last. */
+  int64_t unit_rows() const {
+    const int64_t rest = slabs.unit % BLOCK;
+    return slabs.unit / BLOCK * block_rows(BLOCK) + (rest ? block_rows(rest) : 0);
+  }
+  /* The first row of the block at a group's `channel`. */
+  int64_t first_row(int64_t channel) const {
+    if (!split) return channel * taps_of(p);
+    return channel / slabs.unit * unit_rows() + channel % slabs.unit / BLOCK * block_rows(BLOCK);
   }
 };
 
@@ -130,53 +177,67 @@ struct ForwardScratch {
   Tile<A> tile;
   Corners<A> corners;
   A *columns, *result;
-  A *panel; /* weights packed late */
+  A *panel;           /* weights packed late */
+  SplitStrip *strips; /* columns for the matrix unit: a strip's, late: the tile's */
+  SplitBlock *blocks; /* a late panel's */
+  uint8_t *hard;      /* [cut][row] */
   ForwardScratch(const Forward<A> &f, Arena &arena)
       : tile(arena, f.tile_pitch), corners(arena, f.chunk * f.tile_pitch, false) {
-    columns = arena.take<A>((f.late ? f.tile : min(f.tile, STRIP)) * f.columns_row);
-    panel = arena.take<A>(f.late ? DEPTH * 2 * Vector<A>::lanes : 0);
+    const int64_t strip_blocks = f.most_columns / BLOCK;
+    const int64_t rows = f.split ? round_up(f.tile, BLOCK) : 0;
+    columns = arena.take<A>(f.split ? 0 : (f.late ? f.tile : min(f.tile, STRIP)) * f.columns_row);
+    panel = arena.take<A>(f.late ? f.most_columns * 2 * Vector<A>::lanes : 0);
+    strips = arena.take<SplitStrip>(rows / BLOCK * strip_blocks);
+    blocks = arena.take<SplitBlock>(f.split && (f.late || !f.split_weights) ? strip_blocks : 0);
+    hard = arena.take<uint8_t>(rows * strip_blocks);
     result = arena.take<A>(f.tile * f.result_row);
   }
 };
 
-/* Where in the rows of a group's panel the weights of one source element (channel, tap) go: rows run
- * over blocks of a group, each [tap][channel]. */
+/* Where in the rows of a group's panel the weights of one source element (channel, tap) go. */
 template <class A>
 struct PanelRows {
-  const Forward<A> *f;
+  const Forward<A> *forward;
   int64_t begin, end; /* the group's channels */
-  int64_t slab, block_begin, block_count;
+  int64_t slab, block_begin, block_count, block_row;
   int64_t channel, tap, taps;
+  int64_t row;
 
-  PanelRows(const Forward<A> &forward, int64_t group, int64_t element)
-      : f(&forward), begin(group * group_in(f->p)), end(begin + group_in(f->p)), slab(0) {
-    taps = taps_of(f->p);
+  PanelRows(const Forward<A> &f, int64_t group, int64_t element)
+      : forward(&f), begin(group * group_in(f.p)), end(begin + group_in(f.p)), slab(0) {
+    taps = taps_of(f.p);
     channel = begin + element / taps;
     tap = element % taps;
     find_block(begin);
+    row = block_row + f.row_in_block(block_count, tap, channel - block_begin);
   }
   void find_block(int64_t from) {
+    const Forward<A> &f = *forward;
     for (block_begin = from;; block_begin += block_count) {
-      while (f->slabs.end(f->p, slab) <= block_begin) slab++;
-      block_count = block_at(f->p, block_begin, f->slabs.end(f->p, slab)).count;
-      if (channel < block_begin + block_count) return;
+      while (f.slabs.end(f.p, slab) <= block_begin) slab++;
+      block_count = f.block(block_begin, f.slabs.end(f.p, slab)).count;
+      if (channel < block_begin + block_count) break;
     }
-  }
-  int64_t row() const {
-    return (block_begin - begin) * taps + tap * block_count + channel - block_begin;
+    block_row = f.first_row(block_begin - begin);
   }
   void step() {
-    if (++tap < taps) return;
+    const Forward<A> &f = *forward;
+    if (++tap < taps) {
+      row += f.tap_rows(block_count);
+      if (f.chunk < taps) row = block_row + f.row_in_block(block_count, tap, channel - block_begin);
+      return;
+    }
     tap = 0;
     if (++channel == block_begin + block_count && channel < end) find_block(channel);
+    row = block_row + channel - block_begin;
   }
 };
 
-/* `count` rows of one panel from `first` on: [depth][2 vectors of outputs]. Where blocks begin and end,
- * rows are the elements of the same numbers in another order. */
+/* `count` elements of one panel from `first` on, to the rows from `first_row` on: [row][2 vectors of
+ * outputs]. Where blocks begin and end, an element's row does as well. */
 template <class A>
 static void pack_weight_panel(const Forward<A> &f, const void *weight, int64_t group, int64_t panel,
-                              int64_t first, int64_t count, A *to) {
+                              int64_t first, int64_t count, int64_t first_row, A *to) {
   const dcn_params &p = f.p;
   constexpr int64_t L = Vector<A>::lanes, width = 2 * L;
   typedef typename Vector<A>::V V;
@@ -185,22 +246,40 @@ static void pack_weight_panel(const Forward<A> &f, const void *weight, int64_t g
     const int64_t first_out = panel * width + half * L;
     const int64_t lines = max((int64_t)0, min(L, group_out(p) - first_out));
     if (first_out >= f.padded_out) continue; /* nobody reads the second half of such a panel */
-    const int64_t origin = (group * group_out(p) + first_out) * f.depth;
+    const int64_t origin = (group * group_out(p) + first_out) * f.elements;
+    A *rows_of_half = to + half * L - first_row * width;
     PanelRows<A> rows(f, group, first);
     for (int64_t i = first; i < end; i += L) {
       if (i + L > end && count >= L) rows = PanelRows<A>(f, group, i = end - L);
       const int64_t columns = min(L, end - i);
       V block[L];
       if (is_direct<A>(p) && lines == L && columns == L)
-        turn_block((const A *)weight + origin + i, f.depth, block);
+        turn_block((const A *)weight + origin + i, f.elements, block);
       else
-        load_block<A>(weight, p, origin + i, f.depth, lines, columns, block);
+        load_block<A>(weight, p, origin + i, f.elements, lines, columns, block);
       for (int64_t j = 0; j < columns; j++) {
-        store(to + (rows.row() - first) * width + half * L, block[j]);
+        store(rows_of_half + rows.row * width, block[j]);
         rows.step();
       }
     }
   }
+}
+
+/* All rows of one panel, split where products are. */
+template <class A>
+static void pack_whole_panel(const Forward<A> &f, const void *weight, int64_t group, int64_t panel,
+                             A *to) {
+  if (f.split)
+    for (int64_t i = 0; i < f.depth * BLOCK; i++) to[i] = 0;
+  pack_weight_panel(f, weight, group, panel, 0, f.elements, 0, to);
+  if constexpr (SPLITS<A>)
+    if (f.split_weights) /* in place, from the end: a block takes more room than its rows do */
+      for (int64_t i = f.depth / BLOCK - 1; i >= 0; i--) {
+        A rows[BLOCK * BLOCK];
+        __builtin_memcpy(rows, to + i * BLOCK * BLOCK, sizeof rows);
+        split_block(BLOCK, min(BLOCK, f.padded_out - panel * BLOCK), rows, BLOCK,
+                    (SplitBlock *)to + i);
+      }
 }
 
 /* Depthwise: [output of a channel][tap][channel]. */
@@ -232,6 +311,7 @@ struct Pieces {
   int64_t channels[PIECES];
   int count;
   int64_t group, row, columns; /* they meet the group's weights from `row` on */
+  int64_t element, elements;   /* which are these */
 };
 
 template <class A>
@@ -257,13 +337,13 @@ static void multiply_pieces(const Forward<A> &f, const dcn_tensors &tensors,
   if (!weight) {
     sample_pieces(f, pieces, how, taps, 0, pixels, s);
     for (int64_t panel = first_panel; panel < last_panel; panel++) {
-      pack_weight_panel(f, tensors.weight, pieces.group, panel, row, pieces.columns, s.panel);
+      pack_weight_panel(f, tensors.weight, pieces.group, panel, row, pieces.columns, row, s.panel);
       gemm(pixels, min((int64_t)2, vectors - 2 * panel), pieces.columns, s.columns, f.columns_row,
            s.panel, width, width, result + panel * width, f.result_row, row > 0);
     }
     return;
   }
-  weight += ((pieces.group * f.panels + first_panel) * f.depth + row) * width;
+  weight += (pieces.group * f.panels + first_panel) * f.panel_values + row * width;
   result += first_panel * width;
   const int64_t strips = ceil_div(pixels, STRIP);
   for (int64_t strip = 0; strip < strips; strip++) {
@@ -271,9 +351,77 @@ static void multiply_pieces(const Forward<A> &f, const dcn_tensors &tensors,
     const int64_t rows = pixels * (strip + 1) / strips - first;
     sample_pieces(f, pieces, how, taps, first, rows, s);
     gemm(rows, vectors - 2 * first_panel, pieces.columns, s.columns, f.columns_row, weight, width,
-         f.depth * width, result + first * f.result_row, f.result_row, row > 0);
+         f.panel_values, result + first * f.result_row, f.result_row, row > 0);
   }
 }
+
+#if DCN_VECTOR_BYTES == 64
+/* Where the two vectors of channels of a block of k of the pieces come from. */
+struct Sources {
+  Source of[2];
+  Sources(const Forward<float> &f, const Pieces<float> &pieces, int64_t taps, int64_t block) {
+    int i = 0;
+    const auto blocks = [&] { return f.piece_rows(pieces.channels[i], taps) / BLOCK; };
+    for (; block >= blocks(); i++) block -= blocks();
+    const int64_t channels = pieces.channels[i], vectors = ceil_div(channels, (int64_t)16);
+    for (int64_t j = 0; j < 2; j++) {
+      const int64_t vector = 2 * block + j, tap = min(vector / vectors, taps - 1);
+      const int64_t channel = vector < taps * vectors ? vector % vectors * 16 : channels;
+      of[j] = {pieces.slab[i] + channel, tap * f.tile_pitch, lanes16(channels - channel)};
+    }
+  }
+};
+
+/* The same by the matrix unit. All of a tile is sampled, then all of it multiplied: the unit works at half
+ * its speed for a thousand cycles where it had nothing to do for as long. */
+[[maybe_unused]] static void multiply_pieces_split(const Forward<float> &f,
+                                                   const dcn_tensors &tensors,
+                                                   const Pieces<float> &pieces, const float *weight,
+                                                   Sampling how, int64_t taps, int64_t pixels,
+                                                   int64_t first_panel, int64_t last_panel,
+                                                   const ForwardScratch<float> &s) {
+  const int64_t step = pieces.columns / BLOCK, pitch = round_up(pixels, BLOCK);
+  const Steps steps(f.frame, f.slabs.pitch);
+  const auto read_from = [&](int64_t pixel, int64_t block) {
+    return [=, &f, &pieces, &s, &steps](int64_t m, int64_t i, float *to) {
+      sample_row(how, Sources(f, pieces, taps, block + i).of, steps, s.corners, pixel + m, to);
+    };
+  };
+  for (int64_t first = 0; first < pixels; first += BLOCK)
+    for_cuts(pieces.columns, [&](int64_t block, int64_t count, int64_t, int64_t) {
+      const int64_t rows = min(BLOCK, pixels - first);
+      SplitStrip *to = s.strips + first / BLOCK * step + block;
+      Survey survey;
+      for (int64_t i = 0; i < count; i++)
+        sample_pair(how, Sources(f, pieces, taps, block + i).of, steps, s.corners.from(first), rows,
+                    to[i].part[0][0], survey);
+      find_hard(rows, count, to, survey, read_from(first, block), s.hard + block * pitch + first);
+    });
+  float *result = s.result + pieces.group * f.padded_out;
+  const TileRegisters registers;
+  for (int64_t panel = first_panel; panel < last_panel; panel++) {
+    const int64_t columns = min(BLOCK, f.padded_out - panel * BLOCK);
+    const float *packed = s.panel;
+    if (weight) {
+      packed = weight + (pieces.group * f.panels + panel) * f.panel_values;
+      if (!f.split_weights) packed += pieces.row * BLOCK;
+    } else {
+      for (int64_t i = 0; i < pieces.columns * BLOCK; i++) s.panel[i] = 0;
+      pack_weight_panel(f, tensors.weight, pieces.group, panel, pieces.element, pieces.elements,
+                        pieces.row, s.panel);
+    }
+    const SplitBlock *blocks = (const SplitBlock *)packed + pieces.row / BLOCK;
+    if (!weight || !f.split_weights)
+      split_panel(pieces.columns, columns, packed, BLOCK, s.blocks), blocks = s.blocks;
+    for_cuts(pieces.columns, [&](int64_t block, int64_t count, int64_t, int64_t) {
+      const SplitRows rows = {
+          pixels, count, step, s.strips + block, s.hard + block * pitch, read_from(0, block)};
+      multiply_cut(rows, columns, blocks + block, result + panel * BLOCK, f.result_row,
+                   pieces.row > 0 || block > 0);
+    });
+  }
+}
+#endif
 
 template <class A>
 static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const A *weight,
@@ -293,23 +441,35 @@ static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const 
                                   first, pixels, f.tile_pitch, s.tile, f.slabs.pitch, s.corners);
       Pieces<A> pieces = {};
       const auto multiply = [&] {
-        multiply_pieces(f, tensors, pieces, weight, sampling(tensors, special), count, pixels,
-                        first_panel, last_panel, s);
+        const Sampling how = sampling(tensors, special);
+        bool done = false;
+        if constexpr (SPLITS<A>)
+          if (f.split) {
+            multiply_pieces_split(f, tensors, pieces, weight, how, count, pixels, first_panel,
+                                  last_panel, s);
+            done = true;
+          }
+        if (!done)
+          multiply_pieces(f, tensors, pieces, weight, how, count, pixels, first_panel, last_panel,
+                          s);
         pieces = {};
       };
       for (int64_t slab = 0; slab < f.slabs.count; slab++) {
         const int64_t slab_begin = f.slabs.begin(slab), slab_end = f.slabs.end(p, slab);
         for (int64_t c = max(begin, slab_begin); c < min(end, slab_end);) {
-          const Block block = block_at(p, c, slab_end);
-          const int64_t row = (c - block.group * channels) * taps + tap * block.count;
-          const int64_t more = count * block.count;
+          const Block block = f.block(c, slab_end);
+          const int64_t channel = c - block.group * channels;
+          const int64_t row = f.first_row(channel) + f.row_in_block(block.count, tap, 0);
+          const int64_t more = f.piece_rows(block.count, count);
           if (pieces.count && (block.group != pieces.group || row != pieces.row + pieces.columns ||
-                               pieces.columns + more > DEPTH || pieces.count == PIECES))
+                               pieces.columns + more > f.most_columns || pieces.count == PIECES))
             multiply();
-          if (!pieces.count) pieces.group = block.group, pieces.row = row;
+          if (!pieces.count)
+            pieces.group = block.group, pieces.row = row, pieces.element = channel * taps;
           pieces.slab[pieces.count] = slabs + slab * f.plane + c - slab_begin;
           pieces.channels[pieces.count++] = block.count;
           pieces.columns += more;
+          pieces.elements += block.count * count;
           c += block.count;
         }
       }
@@ -429,8 +589,8 @@ static void forward_depthwise_tile(const Forward<A> &f, const dcn_tensors &tenso
 }
 
 template <class A>
-static void forward_plan(const dcn_params &p, int num_threads, dcn_cpu_plan *plan) {
-  const Forward<A> f(p, num_threads);
+static void forward_plan(const dcn_params &p, int num_threads, bool matrix, dcn_cpu_plan *plan) {
+  const Forward<A> f(p, num_threads, matrix);
   Arena shared = {nullptr, 0}, scratch = {nullptr, 0};
   ForwardShared<A>(f, shared);
   ForwardScratch<A>(f, scratch);
@@ -442,14 +602,15 @@ static void forward_plan(const dcn_params &p, int num_threads, dcn_cpu_plan *pla
   plan->scratch_bytes = scratch.used;
   plan->weight_tasks = f.weight_tasks();
   plan->weight_bytes = (size_t)f.weight_values() * sizeof(A);
-  plan->internal = num_threads;
+  plan->weight_form = f.split;
+  plan->internal = num_threads << 1 | matrix;
 }
 
 template <class A>
 static void forward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, int64_t task,
                         void *memory) {
   const dcn_params &p = *call.params;
-  const Forward<A> f(p, (int)call.plan->internal);
+  const Forward<A> f(p, (int)(call.plan->internal >> 1), call.plan->internal & 1);
   Arena shared_arena = {(char *)call.shared, 0}, arena = {(char *)memory, 0};
   const ForwardShared<A> shared(f, shared_arena);
   const A *weight = call.packed ? (const A *)call.packed : f.late ? nullptr : shared.weight;
@@ -461,8 +622,8 @@ static void forward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, i
       if (is_depthwise(p))
         pack_depthwise_weight(p, call.tensors->weight, shared.weight);
       else
-        pack_weight_panel(f, call.tensors->weight, task / f.panels, task % f.panels, 0, f.depth,
-                          shared.weight + task * f.depth * 2 * Vector<A>::lanes);
+        pack_whole_panel(f, call.tensors->weight, task / f.panels, task % f.panels,
+                         shared.weight + task * f.panel_values);
       return;
     }
     task -= f.weight_tasks();

@@ -47,11 +47,12 @@ struct Slabs {
 
   explicit Slabs(const dcn_params &p) {
     constexpr int64_t L = Vector<A>::lanes;
+    constexpr int64_t WHOLE = DCN_VECTOR_BYTES == 64 && sizeof(A) == 4 ? 2 * L : L;
     /* A depthwise call has no weight groups to respect: any channels go together. */
     unit = is_depthwise(p) ? offset_group_in(p) : min(group_in(p), offset_group_in(p));
     if (unit > SLAB) {
       parts = ceil_div(unit, SLAB);
-      width = min(round_up(ceil_div(unit, parts), L), unit);
+      width = min(round_up(ceil_div(unit, parts), WHOLE), unit);
       parts = ceil_div(unit, width);
       count = p.in_channels / unit * parts;
     } else {

@@ -63,7 +63,8 @@ def why_not(device: str) -> str | None:
 def pack_weight(problem, weight):
     """`weight` as the kernels read it, to be given to `forward` in its place; a copy.
 
-    It serves every call with these channels, kernel, groups, offset groups and dtype.
+    It serves every call with these channels, kernel, groups, offset groups and dtype; "amx" has a
+    form for outputs of 64 pixels and more and one for smaller ones. Other calls take `weight`.
     """
     return _core.PackedWeight(problem, _storage(weight))
 

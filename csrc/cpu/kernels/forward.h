@@ -45,6 +45,8 @@ constexpr int64_t LATE_BYTES = 1 << 20; /* weights from which on they may be pac
 constexpr int PIECES = 16;              /* blocks that are multiplied together */
 /* Weights that are split once for all tiles, to half as much again. */
 constexpr int64_t SPLIT_WEIGHTS = 1 << 20;
+constexpr int64_t SPLIT_COLUMNS =
+    DEPTH / 2; /* that the matrix unit takes at a time, with a tile's rows */
 
 template <class A>
 struct Forward {
@@ -84,8 +86,11 @@ struct Forward {
     split = matrix && may_split<A>(p) && group_in(p) % slabs.unit == 0 &&
             offset_group_in(p) % slabs.unit == 0;
     block_channels = split ? BLOCK : SLAB;
-    most_columns = split ? max(DEPTH / 2, piece_rows(min(slabs.unit, BLOCK), chunk)) : DEPTH;
-    if (split) depth = group_in(p) / slabs.unit * unit_rows();
+    most_columns = split ? SPLIT_COLUMNS : DEPTH;
+    if (split) {
+      chunk = min(chunk, SPLIT_COLUMNS / tap_rows(min(slabs.unit, BLOCK)));
+      depth = group_in(p) / slabs.unit * unit_rows();
+    }
     panel_values = depth * 2 * L;
     split_weights = split && p.groups * panels * panel_values <= SPLIT_WEIGHTS;
     if (split_weights) panel_values = depth / BLOCK * (int64_t)(sizeof(SplitBlock) / sizeof(A));
@@ -104,8 +109,7 @@ struct Forward {
     /* What is one tile in float32 is two in float64. */
     late = !is_depthwise(p) && chunk == taps_of(p) &&
            tiles * batch <= (int64_t)(sizeof(A) / sizeof(float)) &&
-           p.groups * panels * panel_values * (int64_t)sizeof(A) >= LATE_BYTES &&
-           (!split || most_columns <= DEPTH / 2);
+           p.groups * panels * panel_values * (int64_t)sizeof(A) >= LATE_BYTES;
     parts = late ? min(panels, (int64_t)num_threads) : 1;
     /* Few tiles: more and smaller ones, so that threads end together; then as many for each. */
     if (!late && num_threads > 1) {
@@ -180,7 +184,7 @@ struct ForwardScratch {
   A *panel;           /* weights packed late */
   SplitStrip *strips; /* columns for the matrix unit: a strip's, late: the tile's */
   SplitBlock *blocks; /* a late panel's */
-  uint8_t *hard;      /* [cut][row] */
+  uint8_t *hard;      /* rows */
   ForwardScratch(const Forward<A> &f, Arena &arena)
       : tile(arena, f.tile_pitch), corners(arena, f.chunk * f.tile_pitch, false) {
     const int64_t strip_blocks = f.most_columns / BLOCK;
@@ -189,7 +193,7 @@ struct ForwardScratch {
     panel = arena.take<A>(f.late ? f.most_columns * 2 * Vector<A>::lanes : 0);
     strips = arena.take<SplitStrip>(rows / BLOCK * strip_blocks);
     blocks = arena.take<SplitBlock>(f.split && (f.late || !f.split_weights) ? strip_blocks : 0);
-    hard = arena.take<uint8_t>(rows * strip_blocks);
+    hard = arena.take<uint8_t>(rows);
     result = arena.take<A>(f.tile * f.result_row);
   }
 };
@@ -356,21 +360,21 @@ static void multiply_pieces(const Forward<A> &f, const dcn_tensors &tensors,
 }
 
 #if DCN_VECTOR_BYTES == 64
-/* Where the two vectors of channels of a block of k of the pieces come from. */
-struct Sources {
-  Source of[2];
-  Sources(const Forward<float> &f, const Pieces<float> &pieces, int64_t taps, int64_t block) {
-    int i = 0;
-    const auto blocks = [&] { return f.piece_rows(pieces.channels[i], taps) / BLOCK; };
-    for (; block >= blocks(); i++) block -= blocks();
-    const int64_t channels = pieces.channels[i], vectors = ceil_div(channels, (int64_t)16);
-    for (int64_t j = 0; j < 2; j++) {
-      const int64_t vector = 2 * block + j, tap = min(vector / vectors, taps - 1);
-      const int64_t channel = vector < taps * vectors ? vector % vectors * 16 : channels;
-      of[j] = {pieces.slab[i] + channel, tap * f.tile_pitch, lanes16(channels - channel)};
-    }
+/* Where the vectors of a block of k of the pieces come from. */
+static Pair source_pair(const Forward<float> &f, const Pieces<float> &pieces, int64_t taps,
+                        int64_t block) {
+  int i = 0;
+  const auto blocks = [&] { return f.piece_rows(pieces.channels[i], taps) / BLOCK; };
+  for (; block >= blocks(); i++) block -= blocks();
+  const int64_t channels = pieces.channels[i], vectors = ceil_div(channels, (int64_t)16);
+  Pair pair;
+  for (int64_t j = 0; j < 2; j++) {
+    const int64_t vector = 2 * block + j, tap = min(vector / vectors, taps - 1);
+    const int64_t channel = vector < taps * vectors ? vector % vectors * 16 : channels;
+    pair.of[j] = {pieces.slab[i] + channel, tap * f.tile_pitch, lanes16(channels - channel)};
   }
-};
+  return pair;
+}
 
 /* The same by the matrix unit. All of a tile is sampled, then all of it multiplied: the unit works at half
  * its speed for a thousand cycles where it had nothing to do for as long. */
@@ -380,23 +384,22 @@ struct Sources {
                                                    Sampling how, int64_t taps, int64_t pixels,
                                                    int64_t first_panel, int64_t last_panel,
                                                    const ForwardScratch<float> &s) {
-  const int64_t step = pieces.columns / BLOCK, pitch = round_up(pixels, BLOCK);
+  const int64_t step = pieces.columns / BLOCK;
   const Steps steps(f.frame, f.slabs.pitch);
+  Pair pairs[SPLIT_COLUMNS / BLOCK];
+  for (int64_t k = 0; k < step; k++) pairs[k] = source_pair(f, pieces, taps, k);
   const auto read_from = [&](int64_t pixel, int64_t block) {
-    return [=, &f, &pieces, &s, &steps](int64_t m, int64_t i, float *to) {
-      sample_row(how, Sources(f, pieces, taps, block + i).of, steps, s.corners, pixel + m, to);
+    return [&, pixel, block](int64_t m, int64_t i, float *to) {
+      sample_row(how, pairs[block + i], steps, s.corners, pixel + m, to);
     };
   };
-  for (int64_t first = 0; first < pixels; first += BLOCK)
-    for_cuts(pieces.columns, [&](int64_t block, int64_t count, int64_t, int64_t) {
-      const int64_t rows = min(BLOCK, pixels - first);
-      SplitStrip *to = s.strips + first / BLOCK * step + block;
-      Survey survey;
-      for (int64_t i = 0; i < count; i++)
-        sample_pair(how, Sources(f, pieces, taps, block + i).of, steps, s.corners.from(first), rows,
-                    to[i].part[0][0], survey);
-      find_hard(rows, count, to, survey, read_from(first, block), s.hard + block * pitch + first);
-    });
+  for (int64_t first = 0; first < pixels; first += BLOCK) {
+    const int64_t rows = min(BLOCK, pixels - first);
+    SplitStrip *to = s.strips + first / BLOCK * step;
+    Survey survey;
+    sample_strip(how, pairs, step, steps, s.corners.from(first), rows, to, survey);
+    find_hard(rows, step, to, survey, read_from(first, 0), s.hard + first);
+  }
   float *result = s.result + pieces.group * f.padded_out;
   const TileRegisters registers;
   for (int64_t panel = first_panel; panel < last_panel; panel++) {
@@ -414,8 +417,7 @@ struct Sources {
     if (!weight || !f.split_weights)
       split_panel(pieces.columns, columns, packed, BLOCK, s.blocks), blocks = s.blocks;
     for_cuts(pieces.columns, [&](int64_t block, int64_t count, int64_t, int64_t) {
-      const SplitRows rows = {
-          pixels, count, step, s.strips + block, s.hard + block * pitch, read_from(0, block)};
+      const SplitRows rows = {pixels, count, step, s.strips + block, s.hard, read_from(0, block)};
       multiply_cut(rows, columns, blocks + block, result + panel * BLOCK, f.result_row,
                    pieces.row > 0 || block > 0);
     });

@@ -36,12 +36,15 @@ namespace DCN_ISA {
 template <class A>
 constexpr bool SPLITS = DCN_VECTOR_BYTES == 64 && sizeof(A) == 4;
 
-/* Outputs of a group and pixels of an image from which on that is faster. */
+/* Outputs of a group and pixels of an image from which on that is faster; channels fill whole vectors, or
+ * most of them. */
 constexpr int64_t SPLIT_OUTPUTS = 32, SPLIT_PIXELS = 64;
 template <class A>
 DCN_INLINE bool may_split(const dcn_params &p) {
-  return SPLITS<A> && !is_depthwise(p) && group_out(p) >= SPLIT_OUTPUTS &&
-         plane_out(p) >= SPLIT_PIXELS;
+  constexpr int64_t L = Vector<A>::lanes;
+  const int64_t unit = min(group_in(p), offset_group_in(p)); /* channels that lie together */
+  return SPLITS<A> && group_out(p) >= SPLIT_OUTPUTS && plane_out(p) >= SPLIT_PIXELS &&
+         2 * round_up(unit, L) <= 3 * unit;
 }
 
 constexpr int64_t BLOCK = 32;     /* rows of a strip, k and columns of a block */
@@ -211,13 +214,9 @@ struct TileRegisters {
     __asm__ volatile("ldtilecfg %0" ::"m"(c));
   }
 };
-#define DCN_LOAD(tile, from, bytes)                                                     \
-  __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile::"r"(from), "r"((int64_t)(bytes)) \
-                   : "memor"                                                            \
-                     "y")
-#define DCN_STORE(tile, to, bytes)                                                         \
-  __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" ::"r"(to), "r"((int64_t)(bytes)) \
-                   : "memory")
+#define DCN_MOVE(text, at, bytes) __asm__ volatile(text::"r"(at), "r"((int64_t)(bytes)) : "memory")
+#define DCN_LOAD(tile, from, bytes) DCN_MOVE("tileloadd (%0,%1,1), %%tmm" #tile, from, bytes)
+#define DCN_STORE(tile, to, bytes) DCN_MOVE("tilestored %%tmm" #tile ", (%0,%1,1)", to, bytes)
 #define DCN_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile::)
 #define DCN_MULTIPLY(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)
 
@@ -265,6 +264,7 @@ static void multiply_tiles(int64_t blocks, const SplitStrip *a, const SplitBlock
   if (M > 1) DCN_STORE(2, below, line);
   if (M > 1 && N > 1) DCN_STORE(3, below + 16, line);
 }
+#undef DCN_MOVE
 #undef DCN_LOAD
 #undef DCN_STORE
 #undef DCN_ZERO

@@ -38,43 +38,58 @@ DCN_INLINE __m512 sample_one(const float *v00, const Steps &steps, const Corners
   return s;
 }
 
-/* One block of k of a strip: `pixels` rows of two vectors. ALIKE: the second is the next one at the same
- * tap. */
+/* A block of k: two vectors. */
+struct Pair {
+  Source of[2];
+  bool alike() const { return of[0].row == of[1].row && of[0].channels + 16 == of[1].channels; }
+};
+
+/* `pixels` rows of a strip, all blocks of k. ALIKE: the second vector of a pair is the next one at the same
+ * tap. Taps innermost: those of a pixel and of the next one lie within a few rows and columns of each
+ * other, which the first-level cache holds. */
 template <Sampling how, bool ALIKE>
-static void sample_pair(const Source *from, const Steps &steps, const Corners<float> &corners,
-                        int64_t pixels, uint16_t *to, Survey &survey) {
-  const Source v = from[0], w = from[1];
-  Survey all = survey;
-  for (int64_t i = 0; i < pixels; i++, to += BLOCK) { /* the hot loop */
-    const float *at = opaque(v.channels + corners.at[v.row + i]);
-    const float *other = ALIKE ? at + 16 : w.channels + corners.at[w.row + i];
-    const __m512 a = sample_one<how>(at, steps, corners, v.row + i, v.mask);
-    const __m512 b = sample_one<how>(other, steps, corners, (ALIKE ? v.row : w.row) + i, w.mask);
-    all.add(split_pair(a, b, to), i);
+static void sample_pixels(const Pair *pairs, int64_t blocks, Steps steps, Corners<float> corners,
+                          int64_t pixels, SplitStrip *to, Survey &survey) {
+  Survey all;
+  for (int64_t i = 0; i < pixels; i++) {
+    uint16_t *row = to->part[0][0] + i * BLOCK;
+    __m512i most = {};
+    for (int64_t k = 0; k < blocks; k++, row += 3 * PART) { /* the hot loop */
+      const Source &v = pairs[k].of[0], &w = pairs[k].of[1];
+      const float *at = opaque(v.channels + corners.at[v.row + i]);
+      const float *other = ALIKE ? at + 16 : w.channels + corners.at[w.row + i];
+      const __m512 a = sample_one<how>(at, steps, corners, v.row + i, v.mask);
+      const __m512 b = sample_one<how>(other, steps, corners, (ALIKE ? v.row : w.row) + i, w.mask);
+      most = _mm512_max_epu16(most, split_pair(a, b, row));
+    }
+    all.add(most, i);
   }
   survey = all;
 }
 
-static void sample_pair(Sampling how, const Source *from, const Steps &steps,
-                        const Corners<float> &corners, int64_t pixels, uint16_t *to,
-                        Survey &survey) {
-  const bool alike = from[0].row == from[1].row && from[0].channels + 16 == from[1].channels;
-  const auto sample = how == COPIED   ? sample_pair<COPIED, false>
-                      : how == SCALED ? sample_pair<SCALED, false>
-                      : alike         ? sample_pair<BILINEAR, true>
-                                      : sample_pair<BILINEAR, false>;
-  sample(from, steps, corners, pixels, to, survey);
+static void sample_strip(Sampling how, const Pair *pairs, int64_t blocks, const Steps &steps,
+                         const Corners<float> &corners, int64_t pixels, SplitStrip *to,
+                         Survey &survey) {
+  bool alike = true;
+  for (int64_t k = 0; k < blocks; k++) alike &= pairs[k].alike();
+  const auto sample = how == COPIED   ? sample_pixels<COPIED, false>
+                      : how == SCALED ? sample_pixels<SCALED, false>
+                      : alike         ? sample_pixels<BILINEAR, true>
+                                      : sample_pixels<BILINEAR, false>;
+  sample(pairs, blocks, steps, corners, pixels, to, survey);
 }
 
-/* The columns of one pixel. */
-DCN_COLD static void sample_row(Sampling how, const Source *from, const Steps &steps,
+/* The columns of one pixel in one block. */
+DCN_COLD static void sample_row(Sampling how, const Pair &pair, const Steps &steps,
                                 const Corners<float> &corners, int64_t pixel, float *to) {
   const auto sample = how == COPIED     ? sample_one<COPIED>
                       : how == BILINEAR ? sample_one<BILINEAR>
                                         : sample_one<SCALED>;
-  for (int half = 0; half < 2; half++, from++, to += 16)
-    store(to, sample(from->channels + corners.at[from->row + pixel], steps, corners,
-                     from->row + pixel, from->mask));
+  for (const Source &from : pair.of) {
+    store(to, sample(from.channels + corners.at[from.row + pixel], steps, corners, from.row + pixel,
+                     from.mask));
+    to += 16;
+  }
 }
 
 }  // namespace DCN_ISA

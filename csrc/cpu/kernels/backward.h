@@ -73,8 +73,9 @@ struct Backward {
   const dcn_params &p;
   bool need_input, need_samples_gradient, need_weight, need_bias;
   bool direct_output;  /* grad_output is [output][pixel] in A already */
-  bool need_lines;     /* it is not, and grad_weight wants it so */
-  bool late_output;    /* [pixel][output] is made tile by tile, by the tasks that read it */
+  bool direct_pixels;  /* or [pixel][output] */
+  bool need_lines;     /* it is not [output][pixel], and grad_weight wants it so */
+  bool late_output;    /* what it is not is made tile by tile, by the tasks that read it */
   bool direct_samples; /* grad_offset and grad_mask are summed in place */
   bool together;       /* a task takes an image through phases 0 to 2 */
   bool alone;          /* a task takes a slab's weights through phases 0 to 3 */
@@ -102,8 +103,10 @@ struct Backward {
     need_weight = wanted & DCN_GRAD_WEIGHT;
     need_bias = wanted & DCN_GRAD_BIAS;
     direct_output = p.layout == DCN_NCHW && p.dtype == (sizeof(A) == 4 ? DCN_FLOAT32 : DCN_FLOAT64);
+    direct_pixels = is_direct<A>(p) && p.layout == DCN_NHWC && !is_depthwise(p) &&
+                    p.out_channels % Vector<A>::lanes == 0;
     need_lines = need_weight && !is_depthwise(p) && !direct_output;
-    late_output = is_depthwise(p) || (slabs.count <= LATE_SLABS && !need_lines);
+    late_output = is_depthwise(p) || (slabs.count <= LATE_SLABS && (!need_lines || direct_pixels));
     /* Whether an offset group lies in one slab. */
     const bool one_slab =
         slabs.count == 1 || (slabs.unit <= SLAB && slabs.width % offset_group_in(p) == 0);
@@ -112,7 +115,6 @@ struct Backward {
     plane = frame.pixels * slabs.pitch + LINE / (int64_t)sizeof(A);
     const int64_t pixels = plane_out(p), taps = taps_of(p), size = (int64_t)sizeof(A);
     output_row = is_depthwise(p) ? slabs.pitch : row_pitch<A>(p.out_channels - Vector<A>::lanes);
-    output_line = round_up(pixels, LINE / size);
     columns_row = is_depthwise(p) ? 0 : columns_pitch(p, slabs);
     chunk = chunk_taps(p, slabs);
     const bool large = group_out(p) >= MANY_OUTPUTS;
@@ -133,6 +135,7 @@ struct Backward {
     tile = ceil_div(pixels, round_up(tiles, bands)); /* bands that are equal */
     tiles = ceil_div(pixels, tile);
     tile_pitch = round_up(tile, Vector<A>::lanes);
+    output_line = round_up(late_output ? tile : pixels, LINE / size);
     share_row = is_depthwise(p) ? taps * (slabs.pitch + Vector<A>::lanes) : widest_share();
     pairs = slabs.count + p.offset_groups - 1;
     /* The same for every layout, late or not: sums are cut by it. */
@@ -146,7 +149,8 @@ struct Backward {
     alone =
         !together && !is_depthwise(p) && p.batch == 1 && bands == 1 && num_threads <= slabs.count;
     pack_tasks = ceil_div(plane_in(p), PACK_PIXELS) * slabs.count;
-    output_tasks = late_output ? 0 : ceil_div(pixels, PACK_PIXELS);
+    output_tasks =
+        late_output || (direct_pixels && !need_lines) ? 0 : ceil_div(pixels, PACK_PIXELS);
     pieces = ceil_div(group_out(p), BIAS_OUTPUTS);
     bias_tasks = need_bias ? ceil_div(p.out_channels, BIAS_OUTPUTS) : 0;
   }
@@ -164,7 +168,12 @@ struct Backward {
     return !need_columns_gradient() ? 0 : is_depthwise(p) ? 1 : weight_slabs() * pieces;
   }
   int64_t weight_slabs() const { return alone ? 1 : slabs.count; } /* whose weights there are */
-  int64_t output_values() const { return late_output ? 0 : plane_out(p) * output_row; }
+  int64_t output_values() const {
+    return late_output || direct_pixels ? 0 : plane_out(p) * output_row;
+  }
+  int64_t lines_values() const {
+    return late_output || !need_lines ? 0 : p.out_channels * output_line;
+  }
   int64_t weight_values() const {
     return is_depthwise(p) ? group_out(p) * taps_of(p) * (p.in_channels + Vector<A>::lanes)
                            : weight_slabs() * group_out(p) * share_row;
@@ -208,7 +217,7 @@ struct BackwardShared {
     weight = weights.take<A>(b.weight_values());
     slabs = images.take<A>(places * b.slabs.count * b.plane);
     output = images.take<A>(places * b.output_values());
-    lines = images.take<A>(!b.need_lines ? 0 : places * p.out_channels * b.output_line);
+    lines = images.take<A>(places * b.lines_values());
     input = images.take<A>(b.need_input ? places * b.owners() * b.plane : 0);
     sums = images.take<A>(b.need_sums() ? places * b.pairs * 3 * taps_of(p) * pixels : 0);
     touched = images.take<Range>(b.need_input ? places * b.owners() : 0);
@@ -224,7 +233,7 @@ struct BackwardScratch {
   Corners<A> corners;
   A *row, *turned; /* an output's weights of a slab, before and behind a transposition */
   A *columns, *products;
-  A *output; /* of a tile, if late */
+  A *output; /* of a tile, if late; or its lines */
   SplitScratch parts;
   BackwardScratch(const Backward<A> &b, Arena &arena)
       : tile(arena, b.tile_pitch),
@@ -235,7 +244,8 @@ struct BackwardScratch {
     turned = arena.take<A>(values);
     columns = arena.take<A>(b.tile * b.columns_row);
     products = arena.take<A>(4 * b.chunk * b.tile_pitch);
-    output = arena.take<A>(b.late_output ? b.tile * b.output_row + Vector<A>::lanes : 0);
+    const int64_t late = b.direct_pixels ? b.p.out_channels * b.output_line : b.tile * b.output_row;
+    output = arena.take<A>(b.late_output ? late + Vector<A>::lanes : 0);
   }
 };
 
@@ -279,16 +289,17 @@ static void pack_slab_weights(const Backward<A> &b, const void *weight, int64_t 
   }
 }
 
-/* Where one image's grad_output lies as [output][pixel]. */
+/* Where one image's grad_output lies as [output][pixel], from pixel `first` on. */
 template <class A>
 struct Lines {
   const A *at;
   int64_t pitch;
   Lines(const Backward<A> &b, const dcn_tensors &tensors, const BackwardShared<A> &shared,
-        int64_t image, int64_t place) {
+        int64_t image, int64_t place, int64_t first, const A *late) {
     pitch = b.direct_output ? plane_out(b.p) : b.output_line;
-    at = b.direct_output ? (const A *)tensors.grad_output + image * b.p.out_channels * pitch
-                         : shared.lines + place * b.p.out_channels * pitch;
+    at = b.direct_output ? (const A *)tensors.grad_output + image * b.p.out_channels * pitch + first
+         : b.late_output ? late
+                         : shared.lines + place * b.p.out_channels * pitch + first;
   }
 };
 
@@ -407,7 +418,6 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
   const A *weight = shared.weight + weight_slab * outputs * b.share_row;
   A *input = b.need_input ? shared.input + owner * b.plane : nullptr;
   A *share = b.need_weight ? shared.share + sharer * outputs * b.share_row : nullptr;
-  const Lines<A> lines(b, tensors, shared, image, place);
   const Steps steps(b.frame, b.slabs.pitch);
   const int64_t nowhere = b.frame.nowhere * b.slabs.pitch;
   Range touched = {0, 0};
@@ -420,11 +430,20 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
   for (int64_t tile = first_tile; tile < last_tile; tile++) {
     const int64_t first = tile * b.tile, pixels = min(b.tile, all_pixels - first);
     tile_positions(p, first, pixels, s.tile);
+    const Lines<A> lines(b, tensors, shared, image, place, first, s.output);
     const A *output = shared.output + (place * all_pixels + first) * b.output_row;
-    if (b.late_output) output = s.output;
-    if (b.late_output && !depthwise)
-      pack_pixels(tensors.grad_output, p, p.out_channels, all_pixels, image, 0, 1, p.out_channels,
-                  first, pixels, s.output, b.output_row);
+    int64_t output_row = b.output_row;
+    if (b.direct_pixels) {
+      output_row = p.out_channels;
+      output = (const A *)tensors.grad_output + (image * all_pixels + first) * output_row;
+      if (b.late_output && b.need_lines)
+        turn_pixels(output, output_row, pixels, p.out_channels, s.output, b.output_line);
+    } else if (b.late_output) {
+      output = s.output;
+      if (!depthwise)
+        pack_pixels(tensors.grad_output, p, p.out_channels, all_pixels, image, 0, 1, p.out_channels,
+                    first, pixels, s.output, output_row);
+    }
     int64_t column =
         0; /* of the offset group's first block in the slab's packed weights and shares */
     for (int64_t c = slab_begin; c < slab_end;) {
@@ -466,14 +485,14 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
                   next_column + tap / b.chunk * b.chunk_columns(block.count);
               if (b.need_columns_gradient())
                 multiply(b, pixels, count * block.count, outputs, output + block.group * outputs,
-                         b.output_row, weight + chunk_column * outputs, 2 * L, outputs * 2 * L,
+                         output_row, weight + chunk_column * outputs, 2 * L, outputs * 2 * L,
                          s.columns, b.columns_row, false, s);
               scatter_block(scatter, steps, s.corners, special, count, b.tile_pitch, pixels,
                             s.columns, b.columns_row, b.need_weight);
               if (share)
                 multiply(b, outputs, count * block.count, pixels,
-                         lines.at + block.group * outputs * lines.pitch + first, lines.pitch,
-                         s.columns, b.columns_row, 2 * L, share + chunk_column, b.share_row,
+                         lines.at + block.group * outputs * lines.pitch, lines.pitch, s.columns,
+                         b.columns_row, 2 * L, share + chunk_column, b.share_row,
                          !first_wave || tile > first_tile, s);
             }
             if (b.need_samples_gradient)
@@ -702,14 +721,17 @@ static void prepare_image(const Backward<A> &b, const dcn_tensors &tensors,
   }
   const int64_t first = (task - b.pack_tasks) * PACK_PIXELS;
   const int64_t pixels = min(PACK_PIXELS, plane_out(p) - first);
-  pack_pixels(tensors.grad_output, p, p.out_channels, plane_out(p), image, 0, 1, p.out_channels,
-              first, pixels, shared.output + (place * plane_out(p) + first) * b.output_row,
-              b.output_row);
+  const A *output = (const A *)tensors.grad_output;
+  int64_t output_row = p.out_channels, at = image * plane_out(p) + first;
+  if (!b.direct_pixels) {
+    output = shared.output, output_row = b.output_row, at = place * plane_out(p) + first;
+    pack_pixels(tensors.grad_output, p, p.out_channels, plane_out(p), image, 0, 1, p.out_channels,
+                first, pixels, shared.output + at * output_row, output_row);
+  }
   if (!b.need_lines) return;
   A *lines = shared.lines + place * p.out_channels * b.output_line + first;
   if (p.layout == DCN_NHWC)
-    turn_pixels(shared.output + (place * plane_out(p) + first) * b.output_row, b.output_row, pixels,
-                p.out_channels, lines, b.output_line);
+    turn_pixels(output + at * output_row, output_row, pixels, p.out_channels, lines, b.output_line);
   else
     for (int64_t o = 0; o < p.out_channels; o++)
       read_row(tensors.grad_output, p.dtype, (image * p.out_channels + o) * plane_out(p) + first, 1,

@@ -73,7 +73,7 @@ if RELEASE:
     # A wheel is to have half a megabyte. All options give the same bits; what they cost in speed:
     #   FAST   of -O3's loops hand-vectorised ones keep their speed; loops that the compiler vectorises
     #          need the cost model of -O3. float32, both directions, 1 % longer than in the default build
-    #   SMALL  float64 and RoI pooling, a tenth to a third slower
+    #   SMALL  float64, and what comes from SSE2, a tenth to a third slower
     # Without the scalar kernels, an instrument of the tests. Below -O3 GCC does not see that a loop over
     # lanes fills the vector, and warns.
     del KERNELS["scalar"]
@@ -85,16 +85,19 @@ if RELEASE:
         "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "--param=vect-epilogues-nomask=0",
         "-fno-tree-pre", "-DDCN_VARIANTS=1",
     ]  # fmt: skip
-    SMALL = ["-Os", "-DDCN_VARIANTS=0"]
+    SMALL = ["-Os", "-fno-schedule-insns2", "-DDCN_VARIANTS=0"]
     PART_FLAGS = {(isa, part): FAST for isa in KERNELS for part in PARTS}
     if X86:
-        # What the rest costs: with AVX-512 float64 takes twice as long, resampling a third longer; from
-        # SSE2 RoI pooling in float64 takes 1.4 times as long, resampling 1.7 times (7 kB). float64
-        # convolutions from SSE2, too, would save 15 kB more and double their time; RoI pooling 6 kB, for
-        # half as much time again.
+        # What the rest costs: with AVX-512 float64 takes twice as long, resampling a third longer. From
+        # SSE2 RoI pooling in float32 takes 1.3 to 1.7 times as long (8 kB), in float64 1.4 times;
+        # resampling in float64 takes 1.7 times as long (7 kB), as planes of 2^29 pixels and more do (4 kB).
+        # float64 convolutions from SSE2 would save 15 kB more and double their time.
         BORROWED |= {("avx512", part): "avx2" for part in PARTS if part != "CONV"}
         for isa in ("avx512", "avx2"):
-            BORROWED |= {(isa, "POOL_DOUBLE"): "baseline", (isa, "RESAMPLE_DOUBLE"): "baseline"}
+            BORROWED |= {
+                (isa, part): "baseline" for part in ("POOL", "POOL_DOUBLE", "RESAMPLE_DOUBLE")
+            }
+        BORROWED["avx2", "LARGE_RESAMPLE"] = "baseline"
         for isa, part in list(PART_FLAGS):
             if (isa, part) in BORROWED:
                 del PART_FLAGS[isa, part]

@@ -49,6 +49,7 @@ from dcnlib import _bench
 from dcnlib._bench import PASSES, Layer, arrays, measure, one_thread, ratio
 from dcnlib._info import cpu_model, version_of
 from dcnlib._markdown import write_block
+from dcnlib.testing import cpu_isas
 from ratios_layers import CLASSES, ODD, PEER_LAYERS, PEERS, SAMPLE
 
 Row = dict[str, Any]
@@ -167,26 +168,29 @@ def versus(
 
 
 def isas(options: argparse.Namespace) -> Iterator[Row]:
-    """Each instruction set against the best one, which `with` switches around every call."""
-    best = dcnlib.cpu_isa()
+    """Each instruction set against the best one, and AVX2 against AVX-512.
+
+    `with` switches them around every call.
+    """
+    usable = cpu_isas()
+    pairs = [(isa, usable[-1]) for isa in ("avx512", "avx2", "baseline", "scalar")]
+    pairs.append(("avx2", "avx512"))
     for layer in chosen(SAMPLE, options.only):
         calls = door_calls(layer, options.door, [])
-        for isa in ("avx2", "baseline", "scalar"):
-            with dcnlib.cpu_isa(isa):
-                usable = dcnlib.cpu_isa() == isa
-            if not usable or isa == best:
+        for isa, other in dict.fromkeys(pairs):
+            if isa == other or not {isa, other} <= set(usable):
                 continue
             for which, call in zip(PASSES, calls, strict=True):
                 seconds = measure(
-                    {"dcnlib": limited(call["dcnlib"], isa), "other": call["dcnlib"]},
+                    {name: limited(call["dcnlib"], name) for name in (isa, other)},
                     2 if isa == "scalar" else options.rounds,
                 )
                 yield {
-                    "class": isa,
+                    "class": f"{isa}/{other}",
                     "layer": str(layer),
                     "pass": which,
-                    "ms": 1e3 * statistics.median(seconds["dcnlib"]),
-                    "ratio": ratio(seconds["dcnlib"], seconds["other"]),
+                    "ms": 1e3 * statistics.median(seconds[isa]),
+                    "ratio": ratio(seconds[isa], seconds[other]),
                 }
 
 

@@ -106,12 +106,12 @@ def _versus_text(rows: list[Row]) -> list[str]:
     for name in dict.fromkeys(row["class"] for row in rows):
         means = [mean(ratios_of(rows, **{"class": name, "pass": which})) for which in PASSES]
         goal = f", goal {GOALS[name][0]}" if name in GOALS else ""
-        lines.append(f"{name:<14} forward {means[0]:.2f}, forward + backward {means[1]:.2f}{goal}")
-    lines += ["", f"{'':<14}{'layer':<52}{'pass':<20}{'ms':>9}{'ratio':>7}{'conv2d':>8}"]
+        lines.append(f"{name:<16} forward {means[0]:.2f}, forward + backward {means[1]:.2f}{goal}")
+    lines += ["", f"{'':<16}{'layer':<52}{'pass':<20}{'ms':>9}{'ratio':>7}{'conv2d':>8}"]
     for row in rows:
         conv = f"{row['to_conv2d']:>8.2f}" if "to_conv2d" in row else ""
         lines.append(
-            f"{row['class']:<14}{row['layer']:<52}{row['pass']:<20}{row['ms']:>9.3f}"
+            f"{row['class']:<16}{row['layer']:<52}{row['pass']:<20}{row['ms']:>9.3f}"
             f"{row['ratio']:>7.2f}{conv}"
         )
     return lines
@@ -305,7 +305,16 @@ def stages_figure(report: dict[str, Row], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     content = report["stages"]
-    colours = ("#1f6f8b", "#d1495b", "#e59aa4", "#7fb7c9", "#b7d3b0", "#edc06b", "#d5dbe1")
+    colours = (
+        "#1f6f8b",
+        "#5fa8a0",
+        "#d1495b",
+        "#e59aa4",
+        "#7fb7c9",
+        "#b7d3b0",
+        "#edc06b",
+        "#d5dbe1",
+    )
     plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": "#22303c"})
     picture, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True)
     for ax, which in zip(axes, PASSES, strict=True):

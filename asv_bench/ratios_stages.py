@@ -30,9 +30,12 @@ from ratios_layers import SAMPLE
 
 Row = dict[str, Any]
 
-#: Stage: what the names of its functions begin with. All else is the call: Python, torch, memory.
+#: Stage: what the names of its functions begin with, the longest decides. All else is the call: Python,
+#: torch, memory. The matrix unit's `gemm_split` is for the most part what it has inlined, the splitting of
+#: its rows; samples are split where they are made.
 STAGES = {
-    "product": ("gemm",),
+    "product": ("gemm", "multiply"),
+    "splitting": ("gemm_split", "split_", "find_hard", "join_block"),
     "sampling": ("sample_", "depthwise_", "scatter_", "with_variant", "edge_products"),
     "corners": ("chunk_corners", "tap_corners", "tile_positions"),
     "layout": (
@@ -40,7 +43,8 @@ STAGES = {
         "write_row", "finish_image",
     ),
     "weights": (
-        "pack_weight", "pack_depthwise", "pack_slab_weights", "transpose_rows", "finish_weight",
+        "pack_weight", "pack_whole_panel", "pack_depthwise", "pack_slab_weights", "transpose_rows",
+        "finish_weight",
     ),
     "offset, mask": ("add_sample_gradients", "touch"),
     "call": (),
@@ -89,11 +93,13 @@ def _watch(index: int, which: str, rounds: int) -> Row | None:
 def stage_of(symbol: str) -> str:
     """The stage of a function as perf names it."""
     found = re.search(r"(?:avx512|avx2|baseline|scalar)::(\w+)", symbol)
-    if found:
-        for stage, beginnings in STAGES.items():
-            if beginnings and found[1].startswith(beginnings):
-                return stage
-    return "call"
+    matches = {
+        beginning: stage
+        for stage, beginnings in STAGES.items()
+        for beginning in beginnings
+        if found and found[1].startswith(beginning)
+    }
+    return matches[max(matches, key=len)] if matches else "call"
 
 
 def _run(index: int, which: str, rounds: int) -> None:

@@ -17,6 +17,7 @@ import ratios_stages
 from benchmarks import memory
 from dcnlib import _bench
 from dcnlib._bench import PASSES, Layer
+from dcnlib.testing import cpu_isas
 from ratios_layers import CLASSES, ODD, PEER_LAYERS, SAMPLE
 
 pytestmark = pytest.mark.skipif(
@@ -139,6 +140,18 @@ def test_part_runs(small, part, door, tmp_path, capsys):
     assert capsys.readouterr().out == printed
 
 
+def test_instruction_sets_are_compared_with_the_best(small, tmp_path):
+    """And AVX2 with AVX-512, whatever is best."""
+    path = tmp_path / "ratios.json"
+    arguments = ["--part", "isas", "--door", "core", "--rounds", "1", "--json", str(path)]
+    assert ratios.main(arguments) == 0
+    *others, best = cpu_isas()
+    wanted = {f"{isa}/{best}" for isa in others}
+    if {"avx2", "avx512"} <= {*others, best}:
+        wanted.add("avx2/avx512")
+    assert {row["class"] for row in json.loads(path.read_text())["isas"]["rows"]} == wanted
+
+
 def test_the_busiest_thread_counts():
     """The clock for two threads where other programs take cores away."""
     data = bytes(2**20)
@@ -257,6 +270,12 @@ def test_stages_by_names_of_functions():
     """As perf prints them: an address, then the symbol."""
     names = {
         "7f01 avx512::gemm_registers<float, 14, 2>": "product",
+        "7f01 avx512::multiply_tiles<2, 1>": "product",
+        "7f01 void avx512::multiply_hard<avx512::gemm_split(long)::{lambda(long)#2}>": "product",
+        "7f01 avx512::gemm_split": "splitting",
+        "7f01 avx512::split_block": "splitting",
+        "7f01 void avx512::sample_pixels<(avx512::Sampling)0, true>": "sampling",
+        "7f01 avx512::pack_whole_panel<float>": "weights",
         "7f01 avx2::sample_pieces<float>": "sampling",
         "7f01 bool avx512::chunk_corners<float, false>": "corners",
         "7f01 void baseline::write_walked<float, ...>": "layout",

@@ -392,11 +392,11 @@ static void touch(const Corners<A> &corners, int64_t taps, int64_t tile, int64_t
 template <class A>
 static void multiply(const Backward<A> &b, int64_t rows, int64_t columns, int64_t depth, const A *a,
                      int64_t lda, const A *panels, int64_t ldb, int64_t panel_step, A *c,
-                     int64_t ldc, bool accumulate, const BackwardScratch<A> &s) {
+                     int64_t ldc, bool accumulate, int b_parts, const BackwardScratch<A> &s) {
   if constexpr (SPLITS<A>)
     if (b.split)
       return gemm_split(rows, columns, depth, a, lda, panels, ldb, panel_step, c, ldc, accumulate,
-                        s.parts);
+                        {parts_of(b.p), b_parts}, s.parts);
   gemm(rows, ceil_div(columns, (int64_t)Vector<A>::lanes), depth, a, lda, panels, ldb, panel_step,
        c, ldc, accumulate);
 }
@@ -486,14 +486,14 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
               if (b.need_columns_gradient())
                 multiply(b, pixels, count * block.count, outputs, output + block.group * outputs,
                          output_row, weight + chunk_column * outputs, 2 * L, outputs * 2 * L,
-                         s.columns, b.columns_row, false, s);
+                         s.columns, b.columns_row, false, parts_of(p), s);
               scatter_block(scatter, steps, s.corners, special, count, b.tile_pitch, pixels,
                             s.columns, b.columns_row, b.need_weight);
               if (share)
                 multiply(b, outputs, count * block.count, pixels,
                          lines.at + block.group * outputs * lines.pitch, lines.pitch, s.columns,
                          b.columns_row, 2 * L, share + chunk_column, b.share_row,
-                         !first_wave || tile > first_tile, s);
+                         !first_wave || tile > first_tile, ALL_PARTS, s);
             }
             if (b.need_samples_gradient)
               add_sample_gradients(s.corners, s.products, tap, count, b.tile_pitch, first, pixels,

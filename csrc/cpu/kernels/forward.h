@@ -121,6 +121,7 @@ struct Forward {
     }
     /* Several threads take equal tiles; one takes whole vectors and strips, and what is left. */
     tile = num_threads > 1 ? ceil_div(pixels, tiles) : min(tile, pixels);
+    if (split && !late) tile = round_up(tile, BLOCK);
     tiles = ceil_div(pixels, tile);
     tile_pitch = round_up(tile, L);
     const int64_t image_bytes = slabs.count * plane * (int64_t)sizeof(A);
@@ -418,8 +419,8 @@ static Pair source_pair(const Forward<float> &f, const Pieces<float> &pieces, in
       split_panel(pieces.columns, columns, packed, BLOCK, s.blocks), blocks = s.blocks;
     for_cuts(pieces.columns, [&](int64_t block, int64_t count, int64_t, int64_t) {
       const SplitRows rows = {pixels, count, step, s.strips + block, s.hard, read_from(0, block)};
-      multiply_cut(rows, columns, blocks + block, result + panel * BLOCK, f.result_row,
-                   pieces.row > 0 || block > 0);
+      multiply_cut(rows, {ALL_PARTS, parts_of(f.p)}, columns, blocks + block,
+                   result + panel * BLOCK, f.result_row, pieces.row > 0 || block > 0);
     });
   }
 }

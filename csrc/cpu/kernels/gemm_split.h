@@ -52,6 +52,15 @@ constexpr int64_t CUT_BLOCKS = 2; /* of k */
 constexpr int64_t TILE = 512;     /* values of a tile register */
 constexpr int64_t PART = 2 * TILE;
 
+/* Of A's and of B's numbers; the others are zeros. */
+struct Parts {
+  int a, b;
+};
+constexpr int ALL_PARTS = 3;
+DCN_INLINE int parts_of(const dcn_params &p) {
+  return p.dtype == DCN_BFLOAT16 ? 1 : p.dtype == DCN_FLOAT16 ? 2 : ALL_PARTS;
+}
+
 struct SplitStrip {          /* a block of k of 32 rows of A */
   uint16_t part[3][2][TILE]; /* rows follow one another over the halves */
 };
@@ -222,8 +231,8 @@ struct TileRegisters {
 
 /* M and N halves of a strip and of a block's columns. */
 template <int M, int N>
-static void multiply_tiles(int64_t blocks, const SplitStrip *a, const SplitBlock *b, float *c,
-                           int64_t ldc, bool accumulate) {
+static void multiply_tiles(int64_t blocks, Parts parts, const SplitStrip *a, const SplitBlock *b,
+                           float *c, int64_t ldc, bool accumulate) {
   float *const below = c + 16 * ldc;
   const int64_t line = ldc * (int64_t)sizeof(float);
   if (accumulate) {
@@ -252,12 +261,20 @@ static void multiply_tiles(int64_t blocks, const SplitStrip *a, const SplitBlock
     if (M > 1 && N > 1) DCN_MULTIPLY(3, 5, 7);
   };
   for (int64_t k = 0; k < blocks; k++, a++, b++) { /* the hot loop */
-    load_a(2), load_b(0), multiply();
-    load_a(1), multiply();
-    load_b(1), multiply();
-    load_a(0), multiply();
-    load_b(2), multiply();
-    load_b(0), multiply();
+    load_b(0);
+    if (parts.a > 1) {
+      if (parts.a > 2) load_a(2), multiply();
+      load_a(1), multiply();
+      if (parts.b > 1) load_b(1), multiply();
+    }
+    load_a(0);
+    if (parts.b > 1) {
+      if (parts.a == 1) load_b(1);
+      multiply();
+      if (parts.b > 2) load_b(2), multiply();
+      load_b(0);
+    }
+    multiply();
   }
   DCN_STORE(0, c, line);
   if (N > 1) DCN_STORE(1, c + 16, line);
@@ -271,23 +288,24 @@ static void multiply_tiles(int64_t blocks, const SplitStrip *a, const SplitBlock
 #undef DCN_MULTIPLY
 
 template <int N>
-static void multiply_strips(int64_t rows, int64_t blocks, const SplitStrip *a, int64_t step,
-                            const SplitBlock *b, float *c, int64_t ldc, bool accumulate) {
+static void multiply_strips(int64_t rows, int64_t blocks, Parts parts, const SplitStrip *a,
+                            int64_t step, const SplitBlock *b, float *c, int64_t ldc,
+                            bool accumulate) {
   for (; rows >= BLOCK; rows -= BLOCK, a += step, c += BLOCK * ldc)
-    multiply_tiles<2, N>(blocks, a, b, c, ldc, accumulate);
+    multiply_tiles<2, N>(blocks, parts, a, b, c, ldc, accumulate);
   if (rows == 0) return;
   TileRegisters::configure(rows);
   if (rows > 16)
-    multiply_tiles<2, N>(blocks, a, b, c, ldc, accumulate);
+    multiply_tiles<2, N>(blocks, parts, a, b, c, ldc, accumulate);
   else
-    multiply_tiles<1, N>(blocks, a, b, c, ldc, accumulate);
+    multiply_tiles<1, N>(blocks, parts, a, b, c, ldc, accumulate);
   TileRegisters::configure(BLOCK);
 }
 
 /* The same where a row or a block is hard. */
 template <class Read>
-DCN_COLD static void multiply_hard(const SplitRows<Read> &a, int64_t halves, const SplitBlock *b,
-                                   float *c, int64_t ldc, bool accumulate) {
+DCN_COLD static void multiply_hard(const SplitRows<Read> &a, Parts parts, int64_t halves,
+                                   const SplitBlock *b, float *c, int64_t ldc, bool accumulate) {
   for (int64_t i = 0; i < a.blocks; i++, accumulate = true)
     for (int64_t m = 0; m < a.rows; m += BLOCK) {
       const int64_t height = min(BLOCK, a.rows - m);
@@ -296,7 +314,7 @@ DCN_COLD static void multiply_hard(const SplitRows<Read> &a, int64_t halves, con
         for (int64_t half = 0; half < halves; half++)
           store(sums[j] + 16 * half, load(to + j * ldc + 16 * half));
       if (!b[i].hard) {
-        (halves == 2 ? multiply_strips<2> : multiply_strips<1>)(height, 1,
+        (halves == 2 ? multiply_strips<2> : multiply_strips<1>)(height, 1, parts,
                                                                 a.strips + m / BLOCK * a.step + i,
                                                                 0, b + i, to, ldc, accumulate);
         join_block(b[i], whole);
@@ -315,15 +333,15 @@ DCN_COLD static void multiply_hard(const SplitRows<Read> &a, int64_t halves, con
 
 /* C's up to 32 columns (+)= a cut of A times its blocks of B. */
 template <class Read>
-static void multiply_cut(const SplitRows<Read> &a, int64_t columns, const SplitBlock *b, float *c,
-                         int64_t ldc, bool accumulate) {
+static void multiply_cut(const SplitRows<Read> &a, Parts parts, int64_t columns,
+                         const SplitBlock *b, float *c, int64_t ldc, bool accumulate) {
   bool any = __builtin_memchr(a.hard, 1, (size_t)a.rows);
   for (int64_t i = 0; i < a.blocks; i++) any |= b[i].hard;
   if (any)
-    multiply_hard(a, columns > 16 ? 2 : 1, b, c, ldc, accumulate);
+    multiply_hard(a, parts, columns > 16 ? 2 : 1, b, c, ldc, accumulate);
   else
-    (columns > 16 ? multiply_strips<2> : multiply_strips<1>)(a.rows, a.blocks, a.strips, a.step, b,
-                                                             c, ldc, accumulate);
+    (columns > 16 ? multiply_strips<2> : multiply_strips<1>)(a.rows, a.blocks, parts, a.strips,
+                                                             a.step, b, c, ldc, accumulate);
 }
 
 /* do_it(first block, blocks, first k, depth) of each cut of k. */
@@ -355,7 +373,7 @@ struct SplitScratch {
 [[maybe_unused]] static void gemm_split(int64_t rows, int64_t columns, int64_t depth,
                                         const float *a, int64_t lda, const float *b, int64_t ldb,
                                         int64_t panel_step, float *c, int64_t ldc, bool accumulate,
-                                        const SplitScratch &s) {
+                                        Parts parts, const SplitScratch &s) {
   const TileRegisters registers;
   for (int64_t first_row = 0; first_row < rows; first_row += s.pass)
     for_cuts(depth, [&](int64_t first, int64_t blocks, int64_t k, int64_t length) {
@@ -373,7 +391,7 @@ struct SplitScratch {
       const SplitRows split = {height, blocks, blocks, s.rows, s.hard, read_row};
       for (int64_t n = 0; n < columns; n += BLOCK) {
         split_panel(length, columns - n, b + n / BLOCK * panel_step + k * ldb, ldb, s.blocks);
-        multiply_cut(split, columns - n, s.blocks, c + first_row * ldc + n, ldc,
+        multiply_cut(split, parts, columns - n, s.blocks, c + first_row * ldc + n, ldc,
                      accumulate || first);
       }
     });

@@ -399,7 +399,7 @@ static Pair source_pair(const Forward<float> &f, const Pieces<float> &pieces, in
     SplitStrip *to = s.strips + first / BLOCK * step;
     Survey survey;
     sample_strip(how, pairs, step, steps, s.corners.from(first), rows, to, survey);
-    find_hard(rows, step, to, survey, read_from(first, 0), s.hard + first);
+    find_hard(rows, step, survey, read_from(first, 0), s.hard + first);
   }
   float *result = s.result + pieces.group * f.padded_out;
   const TileRegisters registers;

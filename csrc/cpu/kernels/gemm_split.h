@@ -81,56 +81,77 @@ DCN_INLINE __mmask16 lanes16(int64_t count) {
 typedef Unsigned<float>::V Words;
 constexpr uint32_t HIGH = 0xffff0000;
 
-/* Parts of v and w side by side, the parts' PART apart; gives the magnitudes of the first part's values. */
-DCN_INLINE __m512i split_pair(__m512 v, __m512 w, uint16_t *to) {
-  Words first = {};
+/* Numbers of 2^60 and more are hard, and those below 2^-103, of which parts are denormal. So are those
+ * below a limit where nothing larger stands beside them: products of 2^-94 stay far above the least. As
+ * bfloat16. */
+constexpr short TOO_LARGE = (60 + 127) << 7, TOO_SMALL = (-103 + 127) << 7;
+constexpr short LEAST_OF_ROW = (-64 + 127) << 7, LEAST_OF_BLOCK = (-30 + 127) << 7;
+
+/* What is known of numbers that were split. */
+struct Magnitudes {
+  __m512i most = {};
+  __m512i least = _mm512_set1_epi32(-1); /* less one, that zeros do not count */
+  Words left = {};                       /* the parts do not hold what its lower halves have */
+
+  inline __attribute__((always_inline)) void add(const Magnitudes &other) {
+    most = _mm512_max_epu16(most, other.most);
+    least = _mm512_min_epu16(least, other.least);
+    left |= other.left;
+  }
+  bool reaches(short limit) const {
+    return _mm512_cmpge_epu16_mask(most, _mm512_set1_epi16(limit)) != 0;
+  }
+  bool too_small() const {
+    return _mm512_cmplt_epu16_mask(least, _mm512_set1_epi16(TOO_SMALL - 1)) ||
+           _mm512_test_epi32_mask((__m512i)left, _mm512_set1_epi32((int)~HIGH));
+  }
+};
+
+/* Parts of v and w side by side, the parts' PART apart. */
+DCN_INLINE void split_pair(__m512 v, __m512 w, uint16_t *to, Magnitudes &all) {
+  Magnitudes pair;
 #pragma GCC unroll 3
   for (int part = 0; part < 3; part++) {
     const Words x = (Words)v, y = (Words)w, both = x >> 16 | (y & HIGH);
     _mm512_storeu_si512(to + part * PART, (__m512i)both);
-    if (part == 0) first = both;
+    if (part == 0) pair.most = (__m512i)(both & 0x7fff7fff);
+    if (part == 2) pair.left = x | y;
     v -= (__m512)(x & HIGH);
     w -= (__m512)(y & HIGH);
   }
-  return (__m512i)(first & 0x7fff7fff);
-}
-
-/* Numbers above 2^60 are hard, and those below a limit where nothing larger stands beside them: products of
- * 2^-94 stay far above the least. As bfloat16. */
-constexpr short TOO_LARGE = (60 + 127) << 7;
-constexpr short LEAST_OF_ROW = (-64 + 127) << 7, LEAST_OF_BLOCK = (-30 + 127) << 7;
-
-DCN_INLINE bool any_from(__m512i magnitudes, short limit) {
-  return _mm512_cmpge_epu16_mask(magnitudes, _mm512_set1_epi16(limit)) != 0;
+  pair.least = _mm512_sub_epi16(pair.most, _mm512_set1_epi16(1));
+  all.add(pair);
 }
 
 /* What is known of a cut of a strip. */
 struct Survey {
-  __m512i most = {};
+  Magnitudes all;
   uint32_t fit = 0; /* rows that have a number large enough */
-  inline __attribute__((always_inline)) void add(__m512i magnitudes, int64_t row) {
-    most = _mm512_max_epu16(most, magnitudes);
-    fit |= (uint32_t)any_from(magnitudes, LEAST_OF_ROW) << row;
+  inline __attribute__((always_inline)) void add(const Magnitudes &row, int64_t m) {
+    all.add(row);
+    fit |= (uint32_t)row.reaches(LEAST_OF_ROW) << m;
   }
 };
 
 /* Which rows of a cut of a strip are hard; read(row, block, to) reads 32 values of one. */
 template <class Read>
-static void find_hard(int64_t rows, int64_t blocks, const SplitStrip *a, const Survey &survey,
-                      Read read, uint8_t *hard) {
-  const bool large = any_from(survey.most, TOO_LARGE);
+static void find_hard(int64_t rows, int64_t blocks, const Survey &survey, Read read,
+                      uint8_t *hard) {
+  const bool extreme = survey.all.reaches(TOO_LARGE) || survey.all.too_small();
   const uint32_t all = (uint32_t)(((uint64_t)1 << rows) - 1);
   for (int64_t m = 0; m < rows; m++) hard[m] = 0;
-  if (!large && (survey.fit & all) == all) return;
-  for (int64_t m = 0; m < rows; m++)
-    for (int64_t i = 0; i < blocks; i++) {
-      const Words first = (Words)_mm512_loadu_si512(a[i].part[0][0] + m * BLOCK) & 0x7fff7fff;
-      if (large && any_from((__m512i)first, TOO_LARGE)) hard[m] = 1;
-      if (survey.fit >> m & 1) continue;
+  if (!extreme && (survey.fit & all) == all) return;
+  for (int64_t m = 0; m < rows; m++) {
+    const bool fits = survey.fit >> m & 1;
+    for (int64_t i = 0; i < blocks && (extreme || !fits); i++) {
       float row[BLOCK];
       read(m, i, row);
-      for (float x : row) hard[m] |= x != 0;
+      for (float x : row) {
+        const float magnitude = __builtin_fabsf(x);
+        hard[m] |= x != 0 && !(fits && magnitude >= 0x1p-103f && magnitude < 0x1p60f);
+      }
     }
+  }
 }
 
 /* A cut of A, split: strips of rows, `step` blocks apart; read(row, block, to) as above. */
@@ -149,19 +170,21 @@ static void split_rows(int64_t rows, int64_t blocks, SplitStrip *to, uint8_t *ha
   for (int64_t m = 0; m < rows; m += BLOCK, to += blocks) {
     const int64_t height = min(BLOCK, rows - m);
     Survey survey;
-    for (int64_t i = 0; i < height; i++)
+    for (int64_t i = 0; i < height; i++) {
+      Magnitudes row;
       for (int64_t k = 0; k < blocks; k++)
-        survey.add(split_pair(read(m + i, k, 0), read(m + i, k, 1), to[k].part[0][0] + i * BLOCK),
-                   i);
+        split_pair(read(m + i, k, 0), read(m + i, k, 1), to[k].part[0][0] + i * BLOCK, row);
+      survey.add(row, i);
+    }
     const auto read_row = [&](int64_t i, int64_t k, float *row) {
       store(row, read(m + i, k, 0));
       store(row + 16, read(m + i, k, 1));
     };
-    find_hard(height, blocks, to, survey, read_row, hard + m);
+    find_hard(height, blocks, survey, read_row, hard + m);
   }
 }
 
-/* A block of B as it was before; what is lost of numbers below 2^-110 is nothing to the largest. */
+/* A block of B that is not hard, as it was before. */
 DCN_COLD static void join_block(const SplitBlock &block, float (*to)[BLOCK]) {
   for (int64_t half = 0; half < 2; half++)
     for (int64_t k = 0; k < 16; k++) {
@@ -183,13 +206,12 @@ static void split_block(int64_t depth, int64_t columns, const float *b, int64_t 
     return _mm512_maskz_loadu_ps(k < depth ? lanes16(columns - 16 * half) : 0,
                                  b + k * ldb + 16 * half);
   };
-  __m512i most = {};
+  Magnitudes all;
   for (int64_t half = 0; half < (columns > 16 ? 2 : 1); half++)
     for (int64_t k = 0; k < 16; k++)
-      most = _mm512_max_epu16(
-          most, split_pair(read(k, half), read(k + 16, half), to->part[0][half] + k * BLOCK));
-  to->hard = any_from(most, TOO_LARGE);
-  if (!to->hard && any_from(most, LEAST_OF_BLOCK)) return;
+      split_pair(read(k, half), read(k + 16, half), to->part[0][half] + k * BLOCK, all);
+  to->hard = all.reaches(TOO_LARGE) || all.too_small();
+  if (!to->hard && all.reaches(LEAST_OF_BLOCK)) return;
   float whole[BLOCK][BLOCK];
   for (int64_t k = 0; k < BLOCK; k++)
     for (int64_t half = 0; half < 2; half++) store(whole[k] + 16 * half, read(k, half));

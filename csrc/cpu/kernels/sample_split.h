@@ -53,16 +53,16 @@ static void sample_pixels(const Pair *pairs, int64_t blocks, Steps steps, Corner
   Survey all;
   for (int64_t i = 0; i < pixels; i++) {
     uint16_t *row = to->part[0][0] + i * BLOCK;
-    __m512i most = {};
+    Magnitudes values;
     for (int64_t k = 0; k < blocks; k++, row += 3 * PART) { /* the hot loop */
       const Source &v = pairs[k].of[0], &w = pairs[k].of[1];
       const float *at = opaque(v.channels + corners.at[v.row + i]);
       const float *other = ALIKE ? at + 16 : w.channels + corners.at[w.row + i];
       const __m512 a = sample_one<how>(at, steps, corners, v.row + i, v.mask);
       const __m512 b = sample_one<how>(other, steps, corners, (ALIKE ? v.row : w.row) + i, w.mask);
-      most = _mm512_max_epu16(most, split_pair(a, b, row));
+      split_pair(a, b, row, values);
     }
-    all.add(most, i);
+    all.add(values, i);
   }
   survey = all;
 }

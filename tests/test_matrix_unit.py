@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import dcnlib
+import isolated
 from dcnlib import testing
 from dcnlib.backends import cpu
 from dcnlib.testing import OUTPUTS, UNIT_ROUNDOFF, Geometry
@@ -161,9 +162,9 @@ def wide_geometry(rng):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("first", range(0, 300, 30))
+@pytest.mark.parametrize("first", range(0, 240, 40))
 def test_random_wide_geometries(first):
-    for seed in range(first, first + 30):
+    for seed in range(first, first + 40):
         rng = np.random.default_rng(seed)
         call = testing.lattice(wide_geometry(rng), rng, (1, 1, 1)).astype("float32")
         expected = call.astype("float64").run("reference")
@@ -329,18 +330,19 @@ WILD_SHAPES = {
 
 
 def magnitudes(call):
-    """S and S4 of all results: `Call.run` of absolute values, as it is and with weights of 1."""
-    absolute = call.map(np.abs)
-    bilinear = absolute._replace(offset=call.offset).run("reference")
+    """S and S4 of all results: float64 of absolute values, as it is and with weights of 1."""
+    absolute = call.astype("float64").map(np.abs)
+    bilinear = absolute._replace(offset=call.offset.astype(np.float64)).run("cpu")
     # At whole positions a sample is one pixel: four calls read the four corners of each cell.
-    step, ones = np.zeros((1, call.offset.shape[1], 1, 1)), {}
+    whole, step = np.floor(call.offset), np.zeros((1, call.offset.shape[1], 1, 1))
+    ones = {}
     for y in (0, 1):
         for x in (0, 1):
             step[:, 0::2], step[:, 1::2] = y, x
-            corner = absolute._replace(offset=np.floor(call.offset) + step)
+            corner = absolute._replace(offset=whole + step)
             if ones:
-                corner = corner._replace(bias=np.zeros_like(call.bias))
-            for name, values in corner.run("reference").items():
+                corner = corner._replace(bias=np.zeros_like(absolute.bias))
+            for name, values in corner.run("cpu").items():
                 ones[name] = ones.get(name, 0) + values
     # The slopes are differences of corners.
     slopes = np.repeat(ones["grad_mask"] * absolute.mask, 2, axis=1)
@@ -366,7 +368,7 @@ def test_bound_of_every_element(name, shape):
     call = WILD[name](call, np.random.default_rng(4)).astype("float32")
     assert all(np.isfinite(a).all() for a in call[:6])
     exact = call.astype("float64").run("reference")
-    bilinear, ones = magnitudes(call.astype("float64"))
+    bilinear, ones = magnitudes(call)
     actual = run(call)
     for output, n in terms(call).items():
         bound = UNIT_ROUNDOFF["float32"] * ((n + 6) * bilinear[output] + 4 * ones[output])
@@ -380,3 +382,147 @@ def test_bound_of_every_element(name, shape):
 def test_targets(name):
     call, actual = real(name)
     testing.assert_close(actual, call.astype("float64").run("reference"), "float32", name)
+
+
+# ---- values that are no ordinary numbers -------------------------------------------------------
+
+HARD = {
+    "nan": np.float32(np.nan),
+    "signalling": np.uint32(0x7F800001).view(np.float32),
+    "-signalling": np.uint32(0xFF80FFFF).view(np.float32),
+    "inf": np.float32(np.inf),
+    "-inf": np.float32(-np.inf),
+    "largest": np.finfo(np.float32).max,
+    "-largest": np.finfo(np.float32).min,
+    "subnormal": np.float32(2.0**-149),
+    "largest_subnormal": np.uint32(0x007FFFFF).view(np.float32),
+    "smallest_normal": np.float32(-(2.0**-126)),
+}
+LARGEST = float(np.finfo(np.float32).max)
+TENSORS = ("input", "offset", "mask", "weight", "bias", "grad_output")
+HARD_SHAPES = {
+    "kernel_3": Geometry(2, 48, 9, 8, 40, THREE, padding=SAME),
+    "groups": Geometry(1, 64, 8, 9, 68, (3, 2), padding=SAME, groups=2, offset_groups=4),
+    "pointwise": Geometry(1, 96, 8, 9, 33, ONE),
+    "late": GEOMETRIES["late"],
+}
+
+
+def kind(array):
+    """0: a number, 1 and 2: infinite, 3: NaN."""
+    return np.select([np.isnan(array), array == np.inf, array == -np.inf], [3, 2, 1], 0)
+
+
+@cache
+def hard_case(shape):
+    call = testing.lattice(HARD_SHAPES[shape], 5, (1, 1, 1)).astype("float32")
+    return call, run(call)
+
+
+def check_hard(call, clean, note, exact=False):
+    """Each element is what the vector unit makes of it: of its kind, and as exact or as before."""
+    with np.errstate(all="ignore"):
+        with dcnlib.cpu_isa("avx512"):
+            vector = run(call)
+        actual = run(call, 2)
+        if exact:
+            for name, expected in vector.items():
+                np.testing.assert_array_equal(actual[name], expected, f"{name}; {note}")
+            return
+        true, (bilinear, ones) = call.astype("float64").run("cpu"), magnitudes(call)
+        for name, n in terms(call).items():
+            S, S4 = bilinear[name], ones[name]
+            bound = UNIT_ROUNDOFF["float32"] * ((n + 6) * S + 4 * S4) + n * 2.0**-126
+            near = ~(np.abs(actual[name] - true[name]) > bound)
+            # Where sums may leave the range on their way, they do it in any order.
+            overflows = (S4 * 2 >= LARGEST) & np.isfinite(S4)
+            kinds = kind(actual[name])
+            right = (kinds != 0) | near | ~np.isfinite(true[name])
+            right &= (kinds == kind(vector[name])) | overflows
+            wrong = np.argwhere(~right)
+            assert not wrong.size, f"{name}: {len(wrong)} wrong, first at {wrong[0]}; {note}"
+            same = (vector[name] == clean[name]) & ~(S4 < 2.0**-100)
+            np.testing.assert_array_equal(actual[name][same], clean[name][same], f"{name}; {note}")
+
+
+@pytest.mark.parametrize("tensor", TENSORS)
+@pytest.mark.parametrize("shape", HARD_SHAPES)
+def test_one_hard_value(shape, tensor):
+    call, clean = hard_case(shape)
+    array = getattr(call, tensor)
+    for seed, (label, value) in enumerate(HARD.items()):
+        index = tuple(np.random.default_rng(seed).integers(0, array.shape))
+        special = changed(call, tensor, index, value)
+        check_hard(special, clean, f"{label} at {index}", exact=not np.isfinite(value))
+
+
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_hard_values_everywhere(tensor):
+    call, clean = hard_case("kernel_3")
+    for label, value in HARD.items():
+        special = changed(call, tensor, np.s_[:], value)
+        check_hard(special, clean, label, exact=not np.isfinite(value))
+
+
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_scattered_hard_values(tensor):
+    call, clean = hard_case("groups")
+    array = getattr(call, tensor).copy()
+    rng = np.random.default_rng(6)
+    where = rng.random(array.shape) < 0.02
+    array[where] = rng.choice(list(HARD.values()), np.count_nonzero(where))
+    check_hard(call._replace(**{tensor: array}), clean, tensor)
+
+
+# ---- processes ---------------------------------------------------------------------------------
+
+#: Prints the instruction set in use, after a call that a reference checks.
+CHILD = """
+import dcnlib
+from dcnlib import testing
+from dcnlib.testing import Geometry
+call = testing.lattice(Geometry(1, 32, 8, 9, 40, (3, 3), padding=(1, 1, 1, 1)), 0, (1, 1, 1))
+testing.assert_equal(call.astype("float32").run("cpu"), call.run("reference"))
+print(dcnlib.cpu_isa())
+"""
+#: A signal stack with no room for the unit's registers, for which Linux refuses them.
+REFUSED = """
+import ctypes
+
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+memory = ctypes.create_string_buffer(4096)
+stack = Stack(ctypes.addressof(memory), 0, len(memory))
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "settings", "isa"),
+    [("", {}, "amx"), ("", {"DCNLIB_CPU_ISA": "avx512"}, "avx512"), (REFUSED, {}, "avx512")],
+    ids=["granted", "limited", "refused"],
+)
+def test_processes(first, settings, isa):
+    settings = {"DCNLIB_CPU_ISA": "", **settings}
+    child = isolated.python(first + CHILD, **settings)
+    assert child.stdout.strip() == isa, child.stderr
+
+
+def test_forked_child_computes_the_same():
+    """What the process may use, its children may."""
+    child = isolated.python(
+        """
+import os
+import dcnlib
+from dcnlib import testing
+from dcnlib.testing import Geometry
+call = testing.real(Geometry(1, 64, 16, 16, 64, (3, 3), padding=(1, 1, 1, 1)), 0).astype("float32")
+expected = call.forward("cpu")
+if os.fork() == 0:
+    os._exit(call.forward("cpu").tobytes() != expected.tobytes())
+print(os.wait()[1], dcnlib.cpu_isa())
+""",
+        DCNLIB_CPU_ISA="",
+    )
+    assert child.stdout.split() == ["0", "amx"], child.stderr

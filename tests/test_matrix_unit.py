@@ -384,6 +384,16 @@ def test_targets(name):
     testing.assert_close(actual, call.astype("float64").run("reference"), "float32", name)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", NARROW)
+def test_targets_in_half_precision(name, dtype):
+    """Numbers of 11 and of 8 bits against samples, weights and gradients with all 24."""
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    call = testing.real(GEOMETRIES[name], 7).astype(dtype)
+    testing.assert_close(run(call, 2), call.astype("float64").run("reference"), dtype, name)
+
+
 # ---- values that are no ordinary numbers -------------------------------------------------------
 
 HARD = {

@@ -37,6 +37,8 @@
  * decides the order of a sum, follows from the params alone: not from threads and, for the gradients
  * that belong to an image, not from the batch.
  *
+ * The products are the matrix unit's where there is one; it splits all of them anew, tiles are larger.
+ *
  * A task takes tile by tile, chunk by chunk, block by block: h by the register kernel from
  * [pixel][output]; then one loop over (tap, pixel) that loads each corner once for d, the sample (it
  * replaces h in place) and the scatter; then grad_weight by the register kernel from [output][pixel].

@@ -13,16 +13,22 @@
  * A tile is sampled and multiplied strip by strip: the columns of a strip are read again while they are
  * in the first-level cache or next to it, and the weights, which every strip reads, stay in the second.
  *
+ * By the matrix unit (`split`): up to 288 columns of the whole tile are sampled, straight into the parts that
+ * the unit takes, and then multiplied. Blocks have up to 32 channels there. Weights are packed as the unit
+ * takes them, or, where that would take megabytes more, split each time.
+ *
  * Weights that meet one tile only (two in float64) are not worth a copy in memory: each panel is packed
  * where its tile multiplies it, into the cache, after the whole tile is sampled (`late`). Threads share
  * the panels.
  *
  * Layouts, in the thread's scratch
  *   columns [strip, late: tile][columns_pitch]     up to 576 columns: tap-major, a block's channels innermost
+ *   strips  [32 pixels of the tile][32 columns][part]   the same for the matrix unit
  *   result  [tile][groups * padded_out]
  *
  * Sums: per output element over (offset group, chunk, block, tap, channel), always in this order.
- * Scratch: (strip * columns + tile * outputs) * sizeof(A), plus the corners of a chunk.
+ * Scratch: (strip * columns + tile * outputs) * sizeof(A), plus the corners of a chunk. With the matrix
+ * unit tile * 288 * 6 bytes, some 390 kB, in place of the columns.
  */
 #ifndef DCN_FORWARD_H
 #define DCN_FORWARD_H
@@ -45,8 +51,7 @@ constexpr int64_t LATE_BYTES = 1 << 20; /* weights from which on they may be pac
 constexpr int PIECES = 16;              /* blocks that are multiplied together */
 /* Weights that are split once for all tiles, to half as much again. */
 constexpr int64_t SPLIT_WEIGHTS = 1 << 20;
-constexpr int64_t SPLIT_COLUMNS =
-    DEPTH / 2; /* that the matrix unit takes at a time, with a tile's rows */
+constexpr int64_t SPLIT_COLUMNS = DEPTH / 2; /* that the matrix unit takes at a time */
 
 template <class A>
 struct Forward {

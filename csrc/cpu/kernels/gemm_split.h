@@ -328,28 +328,30 @@ static void multiply_strips(int64_t rows, int64_t blocks, Parts parts, const Spl
 template <class Read>
 DCN_COLD static void multiply_hard(const SplitRows<Read> &a, Parts parts, int64_t halves,
                                    const SplitBlock *b, float *c, int64_t ldc, bool accumulate) {
+  const auto copy = [halves](const float *from, float *to) {
+    for (int64_t half = 0; half < halves; half++) store(to + 16 * half, load(from + 16 * half));
+  };
   for (int64_t i = 0; i < a.blocks; i++, accumulate = true)
     for (int64_t m = 0; m < a.rows; m += BLOCK) {
       const int64_t height = min(BLOCK, a.rows - m);
-      float *to = c + m * ldc, sums[BLOCK][BLOCK] = {}, whole[BLOCK][BLOCK];
-      for (int64_t j = 0; accumulate && j < height; j++)
-        for (int64_t half = 0; half < halves; half++)
-          store(sums[j] + 16 * half, load(to + j * ldc + 16 * half));
+      float rows[BLOCK][BLOCK], sums[BLOCK][BLOCK] = {}, whole[BLOCK][BLOCK];
+      int64_t index[BLOCK], count = 0;
+      for (int64_t j = m; j < m + height; j++) {
+        if (!b[i].hard && !a.hard[j]) continue;
+        a.read(j, i, rows[count]);
+        if (accumulate) copy(c + j * ldc, sums[count]);
+        index[count++] = j;
+      }
       if (!b[i].hard) {
-        (halves == 2 ? multiply_strips<2> : multiply_strips<1>)(height, 1, parts,
-                                                                a.strips + m / BLOCK * a.step + i,
-                                                                0, b + i, to, ldc, accumulate);
+        (halves == 2 ? multiply_strips<2>
+                     : multiply_strips<1>)(height, 1, parts, a.strips + m / BLOCK * a.step + i, 0,
+                                           b + i, c + m * ldc, ldc, accumulate);
         join_block(b[i], whole);
       }
-      for (int64_t j = 0; j < height; j++) {
-        if (!b[i].hard && !a.hard[m + j]) continue;
-        float row[BLOCK];
-        a.read(m + j, i, row);
-        gemm_registers<float, 1, 2>(BLOCK, row, BLOCK, b[i].hard ? b[i].whole[0] : whole[0], BLOCK,
-                                    sums[j], BLOCK, true);
-        for (int64_t half = 0; half < halves; half++)
-          store(to + j * ldc + 16 * half, load(sums[j] + 16 * half));
-      }
+      if (count)
+        gemm_rows<float, 2>(count, BLOCK, rows[0], BLOCK, b[i].hard ? b[i].whole[0] : whole[0],
+                            BLOCK, sums[0], BLOCK, true);
+      for (int64_t j = 0; j < count; j++) copy(sums[j], c + index[j] * ldc);
     }
 }
 

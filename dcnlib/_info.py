@@ -116,6 +116,15 @@ def cpu_model() -> str:
     return re.sub(r"\s+", " ", name.replace("(R)", "").replace("(TM)", "")).strip()
 
 
+def _has_matrix_unit() -> bool:
+    """Whether the processor has AMX for bfloat16, as far as the system tells it."""
+    try:
+        found = re.search(r"^flags\s*:.*", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found is not None and {"amx_tile", "amx_bf16"} <= set(found[0].split())
+
+
 def openmp_runtimes() -> list[str]:
     """Paths of the OpenMP runtimes in this process; unknown, so none, where there is no /proc."""
     try:
@@ -144,6 +153,11 @@ def _advice(report: dict[str, Any]) -> list[str]:
         advice.append(
             f"{isa['used']} is used where {isa['usable'][0]} would run"
             + (f" (DCNLIB_CPU_ISA={isa['limit']})" if isa["limit"] else "")
+        )
+    if isa["usable"][0] == "avx512" and "amx" in isa["built"] and _has_matrix_unit():
+        advice.append(
+            "amx does not run: the processor has the matrix unit, but the system keeps it from this "
+            "process; Linux gives it from 5.16 on, unless a sandbox forbids arch_prctl"
         )
     if len(openmp["runtimes"]) > 1:
         advice.append(

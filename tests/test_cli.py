@@ -95,15 +95,24 @@ class TestInfo:
             ("threads", {"used": 1, "usable_cores": 8, "decided_by": "OMP_NUM_THREADS"},
              "OMP_NUM_THREADS keeps dcnlib to 1 of 8 cores"),
             ("isa", {"used": "avx2", "usable": ["avx512", "avx2"]}, "where avx512 would run"),
+            ("isa", {"used": "avx512", "usable": ["amx", "avx512"]}, "where amx would run"),
             ("packages", {"torch": None}, "pip install torch"),
             ("packages", {"ml_dtypes": None}, "pip install ml_dtypes"),
         ],
-        ids=["no_openmp", "two_runtimes", "few_threads", "isa_limit", "no_torch", "no_ml_dtypes"],
+        ids=["no_openmp", "two_runtimes", "few_threads", "isa_limit", "no_amx", "no_torch", "no_ml_dtypes"],
     )  # fmt: skip
     def test_advice(self, report, part, change, words):
         report["openmp"]["built"] = True
         report[part] |= change
         assert any(words in sentence for sentence in _info._advice(report))
+
+    @pytest.mark.parametrize("there", [False, True])
+    @pytest.mark.parametrize("usable", [["amx", "avx512"], ["avx512"], ["avx2"]], ids=" ".join)
+    def test_a_matrix_unit_that_may_not_be_used(self, report, usable, there, monkeypatch):
+        monkeypatch.setattr(_info, "_has_matrix_unit", lambda: there)
+        report["isa"] |= {"used": usable[0], "usable": usable, "built": ["amx", "avx512", "avx2"]}
+        told = any("amx does not run" in sentence for sentence in _info._advice(report))
+        assert told == (there and usable == ["avx512"])
 
     def test_summary_is_one_line(self):
         line = _info.summary()

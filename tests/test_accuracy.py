@@ -30,6 +30,7 @@ SHAPES = {
     "typical": Geometry(2, 64, 28, 28, 32, THREE, padding=SAME),
     "deep": Geometry(1, 256, 24, 24, 32, THREE, padding=SAME),
     "deepest": Geometry(1, 512, 9, 9, 16, THREE, padding=SAME),
+    "deepest_and_wide": Geometry(1, 512, 9, 9, 64, THREE, padding=SAME),
     "strided": Geometry(2, 20, 33, 31, 12, (5, 3), (2, 1), (2, 1, 0, 3), (1, 2), 2, 5),
     "depthwise": Geometry(1, 32, 40, 40, 32, THREE, padding=SAME, groups=32, offset_groups=2),
     "pointwise": Geometry(1, 128, 30, 30, 64, (1, 1), mask=False),
@@ -123,6 +124,17 @@ def test_targets_and_bound(shape, dtype, isa, measured, record_property):
     call, expected = case(shape, dtype)
     output = check(call, expected, dtype, isa, measured, f"{shape} {isa}", record_property)
     assert_elementwise(output, expected["output"], *magnitudes(shape, dtype), dtype)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", ["deep", "deepest_and_wide"])
+def test_sums_of_one_sign(shape, isa, measured, record_property):
+    """What is added to a sum gets ever smaller beside it: errors of one sign would add up."""
+    signed, _ = case(shape, "float32")
+    call = signed.map(np.abs)._replace(offset=signed.offset)
+    expected = call.astype("float64").run("reference")
+    output = check(call, expected, "float32", isa, measured, f"{shape} {isa}", record_property)
+    assert_elementwise(output, expected["output"], *magnitudes(shape, "float32"), "float32")
 
 
 @pytest.mark.parametrize("isa", ISAS)

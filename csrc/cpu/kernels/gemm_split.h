@@ -251,23 +251,19 @@ struct TileRegisters {
 #define DCN_ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile::)
 #define DCN_MULTIPLY(c, a, b) __asm__ volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c::)
 
-/* M and N halves of a strip and of a block's columns. */
+/* M and N halves of a strip and of a block's columns. Sums begin at zero and are added to C once: it is large
+ * beside what the small parts add. */
 template <int M, int N>
-static void multiply_tiles(int64_t blocks, Parts parts, const SplitStrip *a, const SplitBlock *b,
-                           float *c, int64_t ldc, bool accumulate) {
-  float *const below = c + 16 * ldc;
-  const int64_t line = ldc * (int64_t)sizeof(float);
-  if (accumulate) {
-    DCN_LOAD(0, c, line);
-    if (N > 1) DCN_LOAD(1, c + 16, line);
-    if (M > 1) DCN_LOAD(2, below, line);
-    if (M > 1 && N > 1) DCN_LOAD(3, below + 16, line);
-  } else {
-    DCN_ZERO(0);
-    DCN_ZERO(1);
-    DCN_ZERO(2);
-    DCN_ZERO(3);
-  }
+static void multiply_tiles(int64_t rows, int64_t blocks, Parts parts, const SplitStrip *a,
+                           const SplitBlock *b, float *c, int64_t ldc, bool accumulate) {
+  alignas(LINE) float sums[BLOCK][BLOCK];
+  float *const to = accumulate ? sums[0] : c;
+  const int64_t pitch = accumulate ? BLOCK : ldc, line = pitch * (int64_t)sizeof(float);
+  float *const below = to + 16 * pitch;
+  DCN_ZERO(0);
+  if (N > 1) DCN_ZERO(1);
+  if (M > 1) DCN_ZERO(2);
+  if (M > 1 && N > 1) DCN_ZERO(3);
   const auto load_a = [&a](int part) {
     DCN_LOAD(4, a->part[part][0], 64);
     if (M > 1) DCN_LOAD(5, a->part[part][1], 64);
@@ -298,10 +294,12 @@ static void multiply_tiles(int64_t blocks, Parts parts, const SplitStrip *a, con
     }
     multiply();
   }
-  DCN_STORE(0, c, line);
-  if (N > 1) DCN_STORE(1, c + 16, line);
+  DCN_STORE(0, to, line);
+  if (N > 1) DCN_STORE(1, to + 16, line);
   if (M > 1) DCN_STORE(2, below, line);
   if (M > 1 && N > 1) DCN_STORE(3, below + 16, line);
+  for (int64_t m = 0; accumulate && m < rows; m++, c += ldc)
+    for (int n = 0; n < 16 * N; n += 16) store(c + n, load(c + n) + load(sums[m] + n));
 }
 #undef DCN_MOVE
 #undef DCN_LOAD
@@ -314,13 +312,13 @@ static void multiply_strips(int64_t rows, int64_t blocks, Parts parts, const Spl
                             int64_t step, const SplitBlock *b, float *c, int64_t ldc,
                             bool accumulate) {
   for (; rows >= BLOCK; rows -= BLOCK, a += step, c += BLOCK * ldc)
-    multiply_tiles<2, N>(blocks, parts, a, b, c, ldc, accumulate);
+    multiply_tiles<2, N>(BLOCK, blocks, parts, a, b, c, ldc, accumulate);
   if (rows == 0) return;
   TileRegisters::configure(rows);
   if (rows > 16)
-    multiply_tiles<2, N>(blocks, parts, a, b, c, ldc, accumulate);
+    multiply_tiles<2, N>(rows, blocks, parts, a, b, c, ldc, accumulate);
   else
-    multiply_tiles<1, N>(blocks, parts, a, b, c, ldc, accumulate);
+    multiply_tiles<1, N>(rows, blocks, parts, a, b, c, ldc, accumulate);
   TileRegisters::configure(BLOCK);
 }
 

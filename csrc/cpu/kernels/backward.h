@@ -63,6 +63,7 @@ constexpr int64_t LARGE_TILE_PIXELS = 196;
 static_assert(LARGE_TILE_PIXELS <= MOST_PIXELS, "the distance of the corners' weights");
 /* The matrix unit is to have much to do at a time. */
 constexpr int64_t SPLIT_TILE_BYTES = 480 << 10, SPLIT_TILE_PIXELS = 192;
+constexpr int64_t SPLIT_LEAST = 128; /* columns of a block: grad_output is split for each of them */
 constexpr int64_t SPLIT_PASS = 256;  /* rows of a product that are split together */
 constexpr int64_t LATE_SLABS = 4;    /* up to which grad_output is turned for each of them */
 constexpr int64_t BAND_PIXELS = 512; /* a band has at least this many */
@@ -99,7 +100,8 @@ struct Backward {
 
   Backward(const dcn_params &params, int wanted, int num_threads, bool matrix)
       : p(params), slabs(params), frame(params) {
-    split = matrix && may_split<A>(p);
+    split = matrix && may_split<A>(p) &&
+            chunk_taps(p, slabs) * min(slabs.width, group_in(p)) >= SPLIT_LEAST;
     need_input = wanted & DCN_GRAD_INPUT;
     need_samples_gradient = wanted & (DCN_GRAD_OFFSET | DCN_GRAD_MASK);
     need_weight = wanted & DCN_GRAD_WEIGHT;

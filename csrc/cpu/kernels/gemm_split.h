@@ -48,7 +48,7 @@ DCN_INLINE bool may_split(const dcn_params &p) {
 }
 
 constexpr int64_t BLOCK = 32;     /* rows of a strip, k and columns of a block */
-constexpr int64_t CUT_BLOCKS = 2; /* of k */
+constexpr int64_t CUT_BLOCKS = 3; /* of k */
 constexpr int64_t TILE = 512;     /* values of a tile register */
 constexpr int64_t PART = 2 * TILE;
 
@@ -322,33 +322,39 @@ static void multiply_strips(int64_t rows, int64_t blocks, Parts parts, const Spl
   TileRegisters::configure(BLOCK);
 }
 
-/* The same where a row or a block is hard. */
+/* The same where a row or a block is hard. Where no block is, the others' sums are those of the whole cut: no
+ * row's sum depends on another row. */
 template <class Read>
 DCN_COLD static void multiply_hard(const SplitRows<Read> &a, Parts parts, int64_t halves,
                                    const SplitBlock *b, float *c, int64_t ldc, bool accumulate) {
   const auto copy = [halves](const float *from, float *to) {
     for (int64_t half = 0; half < halves; half++) store(to + 16 * half, load(from + 16 * half));
   };
-  for (int64_t i = 0; i < a.blocks; i++, accumulate = true)
+  int64_t together = a.blocks;
+  for (int64_t i = 0; i < a.blocks; i++)
+    if (b[i].hard) together = 1;
+  for (int64_t first = 0; first < a.blocks; first += together, accumulate = true)
     for (int64_t m = 0; m < a.rows; m += BLOCK) {
+      const bool hard = b[first].hard;
       const int64_t height = min(BLOCK, a.rows - m);
       float rows[BLOCK][BLOCK], sums[BLOCK][BLOCK] = {}, whole[BLOCK][BLOCK];
       int64_t index[BLOCK], count = 0;
       for (int64_t j = m; j < m + height; j++) {
-        if (!b[i].hard && !a.hard[j]) continue;
-        a.read(j, i, rows[count]);
+        if (!hard && !a.hard[j]) continue;
         if (accumulate) copy(c + j * ldc, sums[count]);
         index[count++] = j;
       }
-      if (!b[i].hard) {
+      if (!hard)
         (halves == 2 ? multiply_strips<2>
-                     : multiply_strips<1>)(height, 1, parts, a.strips + m / BLOCK * a.step + i, 0,
-                                           b + i, c + m * ldc, ldc, accumulate);
-        join_block(b[i], whole);
+                     : multiply_strips<1>)(height, together, parts,
+                                           a.strips + m / BLOCK * a.step + first, 0, b + first,
+                                           c + m * ldc, ldc, accumulate);
+      for (int64_t i = first; count && i < first + together; i++) {
+        for (int64_t j = 0; j < count; j++) a.read(index[j], i, rows[j]);
+        if (!hard) join_block(b[i], whole);
+        gemm_rows<float, 2>(count, BLOCK, rows[0], BLOCK, hard ? b[i].whole[0] : whole[0], BLOCK,
+                            sums[0], BLOCK, true);
       }
-      if (count)
-        gemm_rows<float, 2>(count, BLOCK, rows[0], BLOCK, b[i].hard ? b[i].whole[0] : whole[0],
-                            BLOCK, sums[0], BLOCK, true);
       for (int64_t j = 0; j < count; j++) copy(sums[j], c + index[j] * ldc);
     }
 }

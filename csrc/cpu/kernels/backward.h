@@ -62,7 +62,7 @@ constexpr int64_t LARGE_TILE_BYTES = 480 << 10;
 constexpr int64_t LARGE_TILE_PIXELS = 196;
 static_assert(LARGE_TILE_PIXELS <= MOST_PIXELS, "the distance of the corners' weights");
 /* The matrix unit is to have much to do at a time. */
-constexpr int64_t SPLIT_TILE_BYTES = 480 << 10, SPLIT_TILE_PIXELS = 192;
+constexpr int64_t SPLIT_TILE_BYTES = 480 << 10, SPLIT_TILE_PIXELS = 160;
 constexpr int64_t SPLIT_LEAST = 128; /* columns of a block: grad_output is split for each of them */
 constexpr int64_t SPLIT_PASS = 256;  /* rows of a product that are split together */
 constexpr int64_t LATE_SLABS = 4;    /* up to which grad_output is turned for each of them */

@@ -107,9 +107,8 @@ def cpu_isa(limit: str | None = None) -> CpuIsa:
         In a ``with`` block, for all threads: the best one to use; this processor's best if that
         is less. "amx" is "avx512" with the products of float32 and the 16-bit types on the
         processor's matrix unit, at float32's accuracy. "baseline" is SSE2 on x86-64 and NEON on
-        AArch64. "scalar" takes one number at a
-        time; release wheels come without it and take "baseline". The environment variable
-        ``DCNLIB_CPU_ISA`` does the same for a whole process.
+        AArch64. "scalar" takes one number at a time; release wheels come without it and take
+        "baseline". The environment variable ``DCNLIB_CPU_ISA`` does the same for a whole process.
 
     Returns
     -------

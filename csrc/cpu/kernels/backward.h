@@ -37,7 +37,7 @@
  * decides the order of a sum, follows from the params alone: not from threads and, for the gradients
  * that belong to an image, not from the batch.
  *
- * The products are the matrix unit's where there is one; it splits all of them anew, tiles are larger.
+ * With the matrix unit (`split`) both products are its own, each splits its operands, and tiles are larger.
  *
  * A task takes tile by tile, chunk by chunk, block by block: h by the register kernel from
  * [pixel][output]; then one loop over (tap, pixel) that loads each corner once for d, the sample (it
@@ -54,15 +54,16 @@ namespace DCN_ISA {
 constexpr int64_t BACKWARD_WAVE_BYTES = 8 << 20; /* memory of a wave's images, but at least one */
 constexpr int64_t WAVE_IMAGES = 16;
 constexpr int64_t SMALL_IMAGE = 1 << 20; /* bytes of an image's arrays that a cache holds */
-constexpr int64_t BACKWARD_TILE_BYTES = 256 << 10; /* columns of a tile, and its pixels */
-constexpr int64_t BACKWARD_TILE_PIXELS = 112;
+struct TileLimits {
+  int64_t bytes, pixels; /* of its columns, and of float32 */
+};
+constexpr TileLimits BACKWARD_TILE = {256 << 10, 112};
 /* With many outputs the shares of grad_weight are large: larger tiles touch them less often. */
 constexpr int64_t MANY_OUTPUTS = 256;
-constexpr int64_t LARGE_TILE_BYTES = 480 << 10;
-constexpr int64_t LARGE_TILE_PIXELS = 196;
-static_assert(LARGE_TILE_PIXELS <= MOST_PIXELS, "the distance of the corners' weights");
+constexpr TileLimits LARGE_TILE = {480 << 10, 196};
 /* The matrix unit is to have much to do at a time. */
-constexpr int64_t SPLIT_TILE_BYTES = 480 << 10, SPLIT_TILE_PIXELS = 160;
+constexpr TileLimits SPLIT_TILE = {480 << 10, 192};
+static_assert(LARGE_TILE.pixels <= MOST_PIXELS, "the distance of the corners' weights");
 constexpr int64_t SPLIT_LEAST = 128; /* columns of a block: grad_output is split for each of them */
 constexpr int64_t SPLIT_PASS = 256;  /* rows of a product that are split together */
 constexpr int64_t LATE_SLABS = 4;    /* up to which grad_output is turned for each of them */
@@ -78,7 +79,7 @@ struct Backward {
   bool direct_output;  /* grad_output is [output][pixel] in A already */
   bool direct_pixels;  /* or [pixel][output] */
   bool need_lines;     /* it is not [output][pixel], and grad_weight wants it so */
-  bool late_output;    /* what it is not is made tile by tile, by the tasks that read it */
+  bool late_output;    /* it is turned tile by tile, by the tasks that read it */
   bool direct_samples; /* grad_offset and grad_mask are summed in place */
   bool together;       /* a task takes an image through phases 0 to 2 */
   bool alone;          /* a task takes a slab's weights through phases 0 to 3 */
@@ -122,13 +123,8 @@ struct Backward {
     columns_row = is_depthwise(p) ? 0 : columns_pitch(p, slabs);
     chunk = chunk_taps(p, slabs);
     const bool large = group_out(p) >= MANY_OUTPUTS;
-    const int64_t most_bytes = large   ? LARGE_TILE_BYTES
-                               : split ? SPLIT_TILE_BYTES
-                                       : BACKWARD_TILE_BYTES;
-    const int64_t most_pixels = (large   ? LARGE_TILE_PIXELS
-                                 : split ? SPLIT_TILE_PIXELS
-                                         : BACKWARD_TILE_PIXELS) *
-                                4 / size;
+    const TileLimits most = large ? LARGE_TILE : split ? SPLIT_TILE : BACKWARD_TILE;
+    const int64_t most_bytes = most.bytes, most_pixels = most.pixels * 4 / size;
     tile = columns_row ? most_bytes / (columns_row * size) / ROWS * ROWS : most_pixels;
     tile = max((int64_t)2 * ROWS, min(tile, most_pixels));
     tile = ceil_div(pixels, ceil_div(pixels, tile));
@@ -238,11 +234,11 @@ struct BackwardScratch {
   A *row, *turned; /* an output's weights of a slab, before and behind a transposition */
   A *columns, *products;
   A *output; /* of a tile, if late; or its lines */
-  SplitScratch parts;
+  SplitScratch product;
   BackwardScratch(const Backward<A> &b, Arena &arena)
       : tile(arena, b.tile_pitch),
         corners(arena, b.chunk * b.tile_pitch, true),
-        parts(arena, b.split ? SPLIT_PASS : 0) {
+        product(arena, b.split ? SPLIT_PASS : 0) {
     const int64_t values = SLAB * taps_of(b.p) + Vector<A>::lanes;
     row = arena.take<A>(max(SUM_RUN, values));
     turned = arena.take<A>(values);
@@ -400,7 +396,7 @@ static void multiply(const Backward<A> &b, int64_t rows, int64_t columns, int64_
   if constexpr (SPLITS<A>)
     if (b.split)
       return gemm_split(rows, columns, depth, a, lda, panels, ldb, panel_step, c, ldc, accumulate,
-                        {parts_of(b.p), b_parts}, s.parts);
+                        {parts_of(b.p), b_parts}, s.product);
   gemm(rows, ceil_div(columns, (int64_t)Vector<A>::lanes), depth, a, lda, panels, ldb, panel_step,
        c, ldc, accumulate);
 }

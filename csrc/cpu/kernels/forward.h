@@ -58,26 +58,25 @@ struct Forward {
   const dcn_params &p;
   Slabs<A> slabs;
   Frame frame;
-  bool small;             /* positions and indices fit into A's integers */
-  int64_t plane;          /* values of one packed slab of one image, slack included */
-  int64_t padded_out;     /* outputs of a group, rounded up to whole vectors */
-  int64_t panels;         /* panels of a group: two vectors of outputs each */
-  int64_t elements;       /* C/groups * KH * KW: weights of an output */
-  int64_t depth;          /* rows of a panel: as many, or more for the matrix unit */
-  int64_t columns_row;    /* values of a row of columns */
-  int64_t result_row;     /* values of a row of the result */
-  int64_t tile, tiles;    /* pixels of a tile; tiles of an image */
-  bool split;             /* products by the matrix unit */
-  bool split_weights;     /* packed weights are split already */
-  bool late;              /* weights are packed by the tiles' tasks */
-  int64_t parts;          /* tasks of a tile, by panels */
-  int64_t tile_pitch;     /* pixels between two taps' rows of corners */
-  int64_t wave;           /* images of a wave */
-  int64_t chunk;          /* taps of a chunk */
-  int64_t pack_tasks;     /* packing tasks of an image */
-  int64_t panel_values;   /* of a packed panel of weights */
-  int64_t block_channels; /* of a block, at most */
-  int64_t most_columns;   /* that are multiplied together */
+  bool small;           /* positions and indices fit into A's integers */
+  int64_t plane;        /* values of one packed slab of one image, slack included */
+  int64_t padded_out;   /* outputs of a group, rounded up to whole vectors */
+  int64_t panels;       /* panels of a group: two vectors of outputs each */
+  int64_t elements;     /* C/groups * KH * KW: weights of an output */
+  int64_t depth;        /* rows of a panel: as many, or more for the matrix unit */
+  int64_t columns_row;  /* values of a row of columns */
+  int64_t result_row;   /* values of a row of the result */
+  int64_t tile, tiles;  /* pixels of a tile; tiles of an image */
+  bool split;           /* products by the matrix unit */
+  bool split_weights;   /* packed weights are split already */
+  bool late;            /* weights are packed by the tiles' tasks */
+  int64_t parts;        /* tasks of a tile, by panels */
+  int64_t tile_pitch;   /* pixels between two taps' rows of corners */
+  int64_t wave;         /* images of a wave */
+  int64_t chunk;        /* taps of a chunk */
+  int64_t pack_tasks;   /* packing tasks of an image */
+  int64_t panel_values; /* of a packed panel of weights */
+  int64_t most_columns; /* that are multiplied together */
 
   Forward(const dcn_params &params, int num_threads, bool matrix)
       : p(params), slabs(params), frame(params) {
@@ -90,7 +89,6 @@ struct Forward {
     chunk = chunk_taps(p, slabs);
     split = matrix && may_split<A>(p) && group_in(p) % slabs.unit == 0 &&
             offset_group_in(p) % slabs.unit == 0;
-    block_channels = split ? BLOCK : SLAB;
     most_columns = split ? SPLIT_COLUMNS : DEPTH;
     if (split) {
       chunk = min(chunk, SPLIT_COLUMNS / tap_rows(min(slabs.unit, BLOCK)));
@@ -142,7 +140,7 @@ struct Forward {
   }
 
   Block block(int64_t begin, int64_t slab_end) const {
-    return block_at(p, begin, min(slab_end, begin + block_channels));
+    return block_at(p, begin, min(slab_end, begin + (split ? BLOCK : SLAB)));
   }
   /* Rows of a group's panel. A block's are [tap][channel]; for the matrix unit, [chunk][tap][channel] with
    * channels in whole vectors and chunks in whole blocks of k. */
@@ -279,7 +277,7 @@ static void pack_weight_panel(const Forward<A> &f, const void *weight, int64_t g
 template <class A>
 static void pack_whole_panel(const Forward<A> &f, const void *weight, int64_t group, int64_t panel,
                              A *to) {
-  if (f.split)
+  if (f.depth > f.elements) /* rows without weights */
     for (int64_t i = 0; i < f.depth * BLOCK; i++) to[i] = 0;
   pack_weight_panel(f, weight, group, panel, 0, f.elements, 0, to);
   if constexpr (SPLITS<A>)
@@ -334,37 +332,6 @@ static void sample_pieces(const Forward<A> &f, const Pieces<A> &pieces, Sampling
                  f.tile_pitch, pixels, columns, f.columns_row);
 }
 
-/* result (+)= columns * weights, strip by strip; `weight` is null where they are packed late, panel by
- * panel. */
-template <class A>
-static void multiply_pieces(const Forward<A> &f, const dcn_tensors &tensors,
-                            const Pieces<A> &pieces, const A *weight, Sampling how, int64_t taps,
-                            int64_t pixels, int64_t first_panel, int64_t last_panel,
-                            const ForwardScratch<A> &s) {
-  constexpr int64_t L = Vector<A>::lanes, width = 2 * L;
-  const int64_t row = pieces.row, vectors = min(2 * last_panel, f.padded_out / L);
-  A *result = s.result + pieces.group * f.padded_out;
-  if (!weight) {
-    sample_pieces(f, pieces, how, taps, 0, pixels, s);
-    for (int64_t panel = first_panel; panel < last_panel; panel++) {
-      pack_weight_panel(f, tensors.weight, pieces.group, panel, row, pieces.columns, row, s.panel);
-      gemm(pixels, min((int64_t)2, vectors - 2 * panel), pieces.columns, s.columns, f.columns_row,
-           s.panel, width, width, result + panel * width, f.result_row, row > 0);
-    }
-    return;
-  }
-  weight += (pieces.group * f.panels + first_panel) * f.panel_values + row * width;
-  result += first_panel * width;
-  const int64_t strips = ceil_div(pixels, STRIP);
-  for (int64_t strip = 0; strip < strips; strip++) {
-    const int64_t first = pixels * strip / strips;
-    const int64_t rows = pixels * (strip + 1) / strips - first;
-    sample_pieces(f, pieces, how, taps, first, rows, s);
-    gemm(rows, vectors - 2 * first_panel, pieces.columns, s.columns, f.columns_row, weight, width,
-         f.panel_values, result + first * f.result_row, f.result_row, row > 0);
-  }
-}
-
 #if DCN_VECTOR_BYTES == 64
 /* Where the vectors of a block of k of the pieces come from. */
 static Pair source_pair(const Forward<float> &f, const Pieces<float> &pieces, int64_t taps,
@@ -382,7 +349,7 @@ static Pair source_pair(const Forward<float> &f, const Pieces<float> &pieces, in
   return pair;
 }
 
-/* The same by the matrix unit. All of a tile is sampled, then all of it multiplied: the unit works at half
+/* What multiply_pieces does, by the matrix unit. All of a tile is sampled, then all of it multiplied: the unit works at half
  * its speed for a thousand cycles where it had nothing to do for as long. */
 [[maybe_unused]] static void multiply_pieces_split(const Forward<float> &f,
                                                    const dcn_tensors &tensors,
@@ -415,7 +382,8 @@ static Pair source_pair(const Forward<float> &f, const Pieces<float> &pieces, in
       packed = weight + (pieces.group * f.panels + panel) * f.panel_values;
       if (!f.split_weights) packed += pieces.row * BLOCK;
     } else {
-      for (int64_t i = 0; i < pieces.columns * BLOCK; i++) s.panel[i] = 0;
+      for (int64_t i = 0; pieces.columns > pieces.elements && i < pieces.columns * BLOCK; i++)
+        s.panel[i] = 0;
       pack_weight_panel(f, tensors.weight, pieces.group, panel, pieces.element, pieces.elements,
                         pieces.row, s.panel);
     }
@@ -430,6 +398,41 @@ static Pair source_pair(const Forward<float> &f, const Pieces<float> &pieces, in
   }
 }
 #endif
+
+/* result (+)= columns * weights, strip by strip; `weight` is null where they are packed late, panel by
+ * panel. */
+template <class A>
+static void multiply_pieces(const Forward<A> &f, const dcn_tensors &tensors,
+                            const Pieces<A> &pieces, const A *weight, Sampling how, int64_t taps,
+                            int64_t pixels, int64_t first_panel, int64_t last_panel,
+                            const ForwardScratch<A> &s) {
+  if constexpr (SPLITS<A>)
+    if (f.split)
+      return multiply_pieces_split(f, tensors, pieces, weight, how, taps, pixels, first_panel,
+                                   last_panel, s);
+  constexpr int64_t L = Vector<A>::lanes, width = 2 * L;
+  const int64_t row = pieces.row, vectors = min(2 * last_panel, f.padded_out / L);
+  A *result = s.result + pieces.group * f.padded_out;
+  if (!weight) {
+    sample_pieces(f, pieces, how, taps, 0, pixels, s);
+    for (int64_t panel = first_panel; panel < last_panel; panel++) {
+      pack_weight_panel(f, tensors.weight, pieces.group, panel, row, pieces.columns, row, s.panel);
+      gemm(pixels, min((int64_t)2, vectors - 2 * panel), pieces.columns, s.columns, f.columns_row,
+           s.panel, width, width, result + panel * width, f.result_row, row > 0);
+    }
+    return;
+  }
+  weight += (pieces.group * f.panels + first_panel) * f.panel_values + row * width;
+  result += first_panel * width;
+  const int64_t strips = ceil_div(pixels, STRIP);
+  for (int64_t strip = 0; strip < strips; strip++) {
+    const int64_t first = pixels * strip / strips;
+    const int64_t rows = pixels * (strip + 1) / strips - first;
+    sample_pieces(f, pieces, how, taps, first, rows, s);
+    gemm(rows, vectors - 2 * first_panel, pieces.columns, s.columns, f.columns_row, weight, width,
+         f.panel_values, result + first * f.result_row, f.result_row, row > 0);
+  }
+}
 
 template <class A>
 static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const A *weight,
@@ -449,17 +452,8 @@ static void forward_tile(const Forward<A> &f, const dcn_tensors &tensors, const 
                                   first, pixels, f.tile_pitch, s.tile, f.slabs.pitch, s.corners);
       Pieces<A> pieces = {};
       const auto multiply = [&] {
-        const Sampling how = sampling(tensors, special);
-        bool done = false;
-        if constexpr (SPLITS<A>)
-          if (f.split) {
-            multiply_pieces_split(f, tensors, pieces, weight, how, count, pixels, first_panel,
-                                  last_panel, s);
-            done = true;
-          }
-        if (!done)
-          multiply_pieces(f, tensors, pieces, weight, how, count, pixels, first_panel, last_panel,
-                          s);
+        multiply_pieces(f, tensors, pieces, weight, sampling(tensors, special), count, pixels,
+                        first_panel, last_panel, s);
         pieces = {};
       };
       for (int64_t slab = 0; slab < f.slabs.count; slab++) {

@@ -6,8 +6,8 @@
  * a = a0 + a1 + a2 by cutting off 8 bits at a time, so that |a1| < 2^-7 |a| and |a2| < 2^-15 |a|. Of the
  * nine products of parts six are added; the others, a1 b2, a2 b1 and a2 b2, are below 2^-21 |a b| together.
  * (Henry, Tang, Heinecke 2019, "Leveraging the bfloat16 artificial intelligence datatype for
- * higher-precision computations".) Sums of up to 16 terms are formed before they are added to C: the
- * result is closer to the exact one than the register kernel's.
+ * higher-precision computations".) The sums of a cut begin at zero and are added to C once: beside a large C
+ * what the small parts give would be lost.
  *
  * What the unit would not do as float32 does - infinities, NaN, numbers whose products overflow or vanish;
  * it takes denormals for zeros - is left to the register kernel: rows of A's cuts and blocks of B that are

@@ -143,7 +143,7 @@ def kept(_: None) -> dict[str, list[int]]:
 
 
 def large_call() -> testing.Call:
-    geometry = testing.Geometry(1, 48, 90, 90, 32, (3, 3), padding=(1, 1, 1, 1))
+    geometry = testing.Geometry(1, 96, 90, 90, 32, (3, 3), padding=(1, 1, 1, 1))
     return testing.real(geometry, 0).astype("float32")
 
 
@@ -155,7 +155,7 @@ def little_memory(num_threads: int) -> dict[str, int]:
     expected = digest(call.run("cpu"))
     inputs = digest(dict(zip(testing.OUTPUTS, call[:6], strict=True)))
     counts = {"MemoryError": 0, "right": 0}
-    for extra in range(0, 24 * MIB, MIB // 4):
+    for extra in range(0, 24 * MIB, MIB // 2):
         try:
             with address_space(extra):
                 results = call.run("cpu")

@@ -362,8 +362,8 @@ static Pair source_pair(const Forward<float> &f, const Pieces<float> &pieces, in
   Pair pairs[SPLIT_COLUMNS / BLOCK];
   for (int64_t k = 0; k < step; k++) pairs[k] = source_pair(f, pieces, taps, k);
   const auto read_from = [&](int64_t pixel, int64_t block) {
-    return [&, pixel, block](int64_t m, int64_t i, float *to) {
-      sample_row(how, pairs[block + i], steps, s.corners, pixel + m, to);
+    return [&, pixel, block](int64_t m, int64_t i, int64_t half) {
+      return sample_again(how, pairs[block + i].of[half], steps, s.corners, pixel + m);
     };
   };
   for (int64_t first = 0; first < pixels; first += BLOCK) {

@@ -133,7 +133,7 @@ struct Survey {
   }
 };
 
-/* Which rows of a cut of a strip are hard; read(row, block, to) reads 32 values of one. */
+/* Which rows of a cut of a strip are hard; read(row, block, half) reads 16 values of one. */
 template <class Read>
 static void find_hard(int64_t rows, int64_t blocks, const Survey &survey, Read read,
                       uint8_t *hard) {
@@ -143,18 +143,16 @@ static void find_hard(int64_t rows, int64_t blocks, const Survey &survey, Read r
   if (!extreme && (survey.fit & all) == all) return;
   for (int64_t m = 0; m < rows; m++) {
     const bool fits = survey.fit >> m & 1;
-    for (int64_t i = 0; i < blocks && (extreme || !fits); i++) {
-      float row[BLOCK];
-      read(m, i, row);
-      for (float x : row) {
-        const float magnitude = __builtin_fabsf(x);
-        hard[m] |= x != 0 && !(fits && magnitude >= 0x1p-103f && magnitude < 0x1p60f);
-      }
+    for (int64_t i = 0; i < 2 * blocks && !hard[m] && (extreme || !fits); i++) {
+      const __m512 x = read(m, i / 2, i % 2), magnitude = (__m512)((Words)x & 0x7fffffff);
+      const auto fine = (magnitude >= 0x1p-103f) & (magnitude < 0x1p60f);
+      const auto bad = fits ? (x != 0) & ~fine : x != 0;
+      hard[m] = _mm512_test_epi32_mask((__m512i)bad, (__m512i)bad) != 0;
     }
   }
 }
 
-/* A cut of A, split: strips of rows, `step` blocks apart; read(row, block, to) as above. */
+/* A cut of A, split: strips of rows, `step` blocks apart; read(row, block, half) as above. */
 template <class Read>
 struct SplitRows {
   int64_t rows, blocks, step;
@@ -169,18 +167,17 @@ template <class Read>
 static void split_rows(int64_t rows, int64_t blocks, SplitStrip *to, uint8_t *hard, Read read) {
   for (int64_t m = 0; m < rows; m += BLOCK, to += blocks) {
     const int64_t height = min(BLOCK, rows - m);
+    const auto read_strip = [&](int64_t i, int64_t k, int64_t half) {
+      return read(m + i, k, half);
+    };
     Survey survey;
     for (int64_t i = 0; i < height; i++) {
       Magnitudes row;
       for (int64_t k = 0; k < blocks; k++)
-        split_pair(read(m + i, k, 0), read(m + i, k, 1), to[k].part[0][0] + i * BLOCK, row);
+        split_pair(read_strip(i, k, 0), read_strip(i, k, 1), to[k].part[0][0] + i * BLOCK, row);
       survey.add(row, i);
     }
-    const auto read_row = [&](int64_t i, int64_t k, float *row) {
-      store(row, read(m + i, k, 0));
-      store(row + 16, read(m + i, k, 1));
-    };
-    find_hard(height, blocks, survey, read_row, hard + m);
+    find_hard(height, blocks, survey, read_strip, hard + m);
   }
 }
 
@@ -350,7 +347,9 @@ DCN_COLD static void multiply_hard(const SplitRows<Read> &a, Parts parts, int64_
                                            a.strips + m / BLOCK * a.step + first, 0, b + first,
                                            c + m * ldc, ldc, accumulate);
       for (int64_t i = first; count && i < first + together; i++) {
-        for (int64_t j = 0; j < count; j++) a.read(index[j], i, rows[j]);
+        for (int64_t j = 0; j < count; j++)
+          for (int64_t half = 0; half < 2; half++)
+            store(rows[j] + 16 * half, a.read(index[j], i, half));
         if (!hard) join_block(b[i], whole);
         gemm_rows<float, 2>(count, BLOCK, rows[0], BLOCK, hard ? b[i].whole[0] : whole[0], BLOCK,
                             sums[0], BLOCK, true);
@@ -397,7 +396,7 @@ struct SplitScratch {
 };
 
 #if DCN_VECTOR_BYTES == 64
-/* The product as `gemm` has it. */
+/* The product as `gemm` has it. float64's object has no use for it. */
 [[maybe_unused]] static void gemm_split(int64_t rows, int64_t columns, int64_t depth,
                                         const float *a, int64_t lda, const float *b, int64_t ldb,
                                         int64_t panel_step, float *c, int64_t ldc, bool accumulate,
@@ -412,11 +411,7 @@ struct SplitScratch {
         return count >= 16 ? load(from) : _mm512_maskz_loadu_ps(lanes16(count), from);
       };
       split_rows(height, blocks, s.rows, s.hard, read);
-      const auto read_row = [&](int64_t m, int64_t block, float *to) {
-        store(to, read(m, block, 0));
-        store(to + 16, read(m, block, 1));
-      };
-      const SplitRows split = {height, blocks, blocks, s.rows, s.hard, read_row};
+      const SplitRows split = {height, blocks, blocks, s.rows, s.hard, read};
       for (int64_t n = 0; n < columns; n += BLOCK) {
         split_panel(length, columns - n, b + n / BLOCK * panel_step + k * ldb, ldb, s.blocks);
         multiply_cut(split, parts, columns - n, s.blocks, c + first_row * ldc + n, ldc,

@@ -79,17 +79,14 @@ static void sample_strip(Sampling how, const Pair *pairs, int64_t blocks, const 
   sample(pairs, blocks, steps, corners, pixels, to, survey);
 }
 
-/* The columns of one pixel in one block. */
-DCN_COLD static void sample_row(Sampling how, const Pair &pair, const Steps &steps,
-                                const Corners<float> &corners, int64_t pixel, float *to) {
+/* One vector of one pixel's columns. */
+DCN_COLD static __m512 sample_again(Sampling how, const Source &from, const Steps &steps,
+                                    const Corners<float> &corners, int64_t pixel) {
   const auto sample = how == COPIED     ? sample_one<COPIED>
                       : how == BILINEAR ? sample_one<BILINEAR>
                                         : sample_one<SCALED>;
-  for (const Source &from : pair.of) {
-    store(to, sample(from.channels + corners.at[from.row + pixel], steps, corners, from.row + pixel,
-                     from.mask));
-    to += 16;
-  }
+  const int64_t at = from.row + pixel;
+  return sample(from.channels + corners.at[at], steps, corners, at, from.mask);
 }
 
 }  // namespace DCN_ISA

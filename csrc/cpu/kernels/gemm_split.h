@@ -21,7 +21,7 @@
  *
  * k is cut into up to CUT_BLOCKS blocks: what a cut has of a strip and of two vectors of columns, 18 kB
  * each, meet in the first-level cache. Four of the eight tile registers hold 32 x 32 sums. A block: 24
- * products of 16 cycles, 14 loads of 16 lines; 77 % of the unit's peak, twice the register kernel's
+ * products of 16 cycles, 14 loads of 16 lines; 73 % of the unit's peak, twice the register kernel's
  * speed. Splitting takes about 5 cycles a vector.
  */
 #ifndef DCN_GEMM_SPLIT_H

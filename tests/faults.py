@@ -155,7 +155,7 @@ def little_memory(num_threads: int) -> dict[str, int]:
     expected = digest(call.run("cpu"))
     inputs = digest(dict(zip(testing.OUTPUTS, call[:6], strict=True)))
     counts = {"MemoryError": 0, "right": 0}
-    for extra in range(0, 24 * MIB, MIB // 2):
+    for extra in range(0, 28 * MIB, MIB // 2):
         try:
             with address_space(extra):
                 results = call.run("cpu")

@@ -40,10 +40,19 @@ LARGE = {
     "depthwise": Geometry(4, 96, 69, 71, 96, THREE, padding=SAME, groups=96, bias=False),
     "kernel_7": Geometry(1, 8, 75, 71, 9, (7, 7), padding=(3, 3, 3, 3)),
     "pointwise": Geometry(2, 96, 51, 53, 64, (1, 1)),
+    **(
+        SERIES := {  # images enough to be summed up in series, few of which are in memory at once
+            "series": Geometry(7, 64, 40, 41, 64, THREE, padding=SAME),
+            "series_depthwise": Geometry(9, 128, 53, 41, 128, THREE, padding=SAME, groups=128),
+            "series_groups": Geometry(11, 96, 37, 41, 72, (3, 2), padding=SAME, groups=3),
+        }
+    ),
 }
 LARGE_DTYPES = [(name, dtype) for name in LARGE for dtype in ("float32", "float64")] + [
     ("dense", "float16"),
     ("one_image", "bfloat16"),
+    ("series", "float16"),
+    ("series_depthwise", "float16"),
 ]
 
 
@@ -90,6 +99,31 @@ def test_any_number_of_threads(name, dtype):
     assert all(np.isfinite(a).all() for a in alone.values() if a is not None)
     for num_threads in (2, 3, 4, 7, 8, 16):
         assert_same_bytes(run_with(call, num_threads), alone, f"{num_threads} threads")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("name", SERIES)
+def test_a_batch_is_the_sum_of_its_images(name, dtype):
+    """Gradients of weight and bias, to the last bit where the sums are exact."""
+    call = testing.lattice(SERIES[name], 5, (1, 1, 1)).astype("float64")
+    images = [
+        call._replace(
+            **{
+                of: getattr(call, of)[n : n + 1]
+                for of in ("input", "offset", "mask", "grad_output")
+            }
+        )
+        for n in range(call.input.shape[0])
+    ]
+    alone = [image.run("cpu") for image in images]
+    for num_threads in (1, 5, 16):
+        batch = run_with(call.astype(dtype), num_threads)
+        for of in ("grad_weight", "grad_bias"):
+            if call.bias is None and of == "grad_bias":
+                continue
+            total = sum(grads[of] for grads in alone).astype(dtype)
+            assert np.count_nonzero(total) and np.abs(total).max() < np.inf
+            np.testing.assert_array_equal(batch[of], total, f"{of}, {num_threads} threads")
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -13,17 +13,22 @@
  *
  * Dai et al. 2017, equations 2 to 4 and appendix A; Zhu et al. 2019, equation 1.
  *
- * Phases of a wave of images
+ * The batch is cut into series of images that follow one another. A series adds to one share of grad_weight
+ * and of grad_bias, image by image; the shares are added up in their order. How many series there are
+ * follows from the params; how many of them have a place in memory at once, from the threads as well. A
+ * round is the series that are at work together, a wave one image of each of them.
+ *
+ * Phases of a wave
  *   0  weights -> panels (first wave), images -> slabs, grad_output -> [pixel][output], unless late,
  *      and, where its memory is not that already, [output][pixel]; grad_bias
  *   1  the work: a task owns (image, slab of channels, band of pixels) and with it a share of
  *      grad_input, of grad_weight and of the sums of grad_offset and grad_mask: no atomics
  *   2  bands -> grad_input; slabs' shares -> grad_offset, grad_mask
- *   3  (last wave) shares -> grad_weight
+ *   3  (a round's last wave) shares -> grad_weight, grad_bias
  *
- * Many small images: an image passes phases 0 to 2 in one task, in memory of the task's thread, so that
- * nothing leaves the cache in between. Phase 0 has weights and grad_bias alone then, and there is one wave.
- * Images that follow one another in a slot add to one share of grad_weight, as the waves' images do.
+ * Many small images: a task takes a series, each image through phases 0 to 2, in memory of its thread, so
+ * that nothing leaves the cache in between. Phase 0 has weights and grad_bias alone then, and there is one
+ * wave.
  *
  * One image: a task packs its slab's weights before its work and finishes their gradients behind it
  * (`alone`), so that neither is written to memory in another form and read again.
@@ -51,8 +56,12 @@
 
 namespace DCN_ISA {
 
-constexpr int64_t BACKWARD_WAVE_BYTES = 8 << 20; /* memory of a wave's images, but at least one */
-constexpr int64_t WAVE_IMAGES = 16;
+/* Memory of a wave's images, for each thread where more of them keep more threads busy, but at least one
+ * image. */
+constexpr int64_t BACKWARD_WAVE_BYTES = 8 << 20;
+/* Series: as many small images as one thread's wave may have, at most so many; of large ones so many that
+ * there are enough tasks for many threads, and that adding up shares is little beside the work. */
+constexpr int64_t MOST_SERIES = 16, SERIES_TASKS = 32, SERIES_PIXELS = 2048;
 constexpr int64_t SMALL_IMAGE = 1 << 20; /* bytes of an image's arrays that a cache holds */
 struct TileLimits {
   int64_t bytes, pixels; /* of its columns, and of float32 */
@@ -81,7 +90,7 @@ struct Backward {
   bool need_lines;     /* it is not [output][pixel], and grad_weight wants it so */
   bool late_output;    /* it is turned tile by tile, by the tasks that read it */
   bool direct_samples; /* grad_offset and grad_mask are summed in place */
-  bool together;       /* a task takes an image through phases 0 to 2 */
+  bool together;       /* a task takes a series of images through phases 0 to 2 */
   bool alone;          /* a task takes a slab's weights through phases 0 to 3 */
   bool split;          /* products by the matrix unit */
   Slabs<A> slabs;
@@ -91,12 +100,14 @@ struct Backward {
   int64_t columns_row; /* values of a row of columns */
   int64_t output_row;  /* values of a pixel of the packed grad_output; depthwise: of a slab's */
   int64_t output_line; /* values of an output of the packed grad_output, if needed */
-  int64_t chunk, tile, tiles, bands, wave;
+  int64_t chunk, tile, tiles, bands;
+  int64_t series, length; /* of images; of the longest one */
+  int64_t places;         /* images whose arrays there are */
   int64_t tile_pitch; /* pixels between two taps' rows of corners */
   int64_t
       share_row; /* grad_weight share: values of one output's row; the packed weights' as well */
   int64_t pairs; /* of a slab and an offset group that meet: slab + offset_group numbers them */
-  int64_t pack_tasks, output_tasks, bias_tasks;
+  int64_t pack_tasks, output_tasks, bias_tasks; /* of an image, and of a series */
   int64_t pieces; /* of BIAS_OUTPUTS outputs, of a group */
 
   Backward(const dcn_params &params, int wanted, int num_threads, bool matrix)
@@ -138,14 +149,19 @@ struct Backward {
     output_line = round_up(late_output ? tile : pixels, LINE / size);
     share_row = is_depthwise(p) ? taps * (slabs.pitch + Vector<A>::lanes) : widest_share();
     pairs = slabs.count + p.offset_groups - 1;
-    /* The same for every layout, late or not: sums are cut by it. */
-    int64_t values = slabs.count * plane + (is_depthwise(p) ? 0 : pixels * output_row);
-    if (need_input) values += slabs.count * bands * plane;
-    if (need_samples_gradient && !direct_samples) values += pairs * 3 * taps * pixels;
+    /* The same for every layout, late or not, whatever is wanted: sums are cut by it. */
+    int64_t values = slabs.count * plane + (is_depthwise(p) ? 0 : pixels * output_row) +
+                     slabs.count * bands * plane;
+    if (!direct_samples) values += pairs * 3 * taps * pixels;
     const bool is_small_image = values * size <= SMALL_IMAGE;
-    if (need_weight) values += slabs.count * bands * group_out(p) * share_row;
-    wave = max((int64_t)1, min(min(p.batch, WAVE_IMAGES), BACKWARD_WAVE_BYTES / (values * size)));
-    together = is_small_image && (wave >= 2 * num_threads || owners() == 1);
+    values += slabs.count * bands * group_out(p) * share_row;
+    const int64_t image_bytes = values * size;
+    series = max(min(MOST_SERIES, BACKWARD_WAVE_BYTES / image_bytes),
+                 min(ceil_div(SERIES_TASKS, owners()), p.batch * pixels / SERIES_PIXELS));
+    series = max((int64_t)1, min(series, p.batch));
+    length = max((int64_t)1, ceil_div(p.batch, series));
+    together = is_small_image && (series >= 2 * num_threads || owners() == 1);
+    places = together ? 1 : places_for(num_threads, image_bytes);
     alone =
         !together && !is_depthwise(p) && p.batch == 1 && bands == 1 && num_threads <= slabs.count;
     pack_tasks = ceil_div(plane_in(p), PACK_PIXELS) * slabs.count;
@@ -155,14 +171,29 @@ struct Backward {
     bias_tasks = need_bias ? ceil_div(p.out_channels, BIAS_OUTPUTS) : 0;
   }
 
+  /* How many series are at work so that all are done first. */
+  int64_t places_for(int64_t num_threads, int64_t image_bytes) const {
+    const auto time = [&](int64_t count) {
+      const auto of_wave = [&](int64_t images) { return ceil_div(images * owners(), num_threads); };
+      return series / count * of_wave(count) + of_wave(series % count);
+    };
+    const int64_t most = num_threads * BACKWARD_WAVE_BYTES / image_bytes;
+    int64_t best = max((int64_t)1, min(BACKWARD_WAVE_BYTES / image_bytes, series));
+    for (int64_t count = best + 1; count <= min(most, series); count++)
+      if (time(count) < time(best)) best = count;
+    return best;
+  }
+  int64_t first_image(int64_t s) const { return p.batch * s / series; } /* of a series */
+  int64_t rounds() const { return together ? 1 : ceil_div(series, places); }
+  int64_t waves() const { return together ? 1 : rounds() * length; }
+  int64_t shares() const { return together ? series : places; } /* of a round */
+
   int64_t prepare_tasks() const { return pack_tasks + output_tasks; } /* of an image, as below */
   int64_t finish_tasks() const {
     return (need_input ? pack_tasks : 0) + (need_sums() ? p.offset_groups * taps_of(p) : 0);
   }
   bool need_sums() const { return need_samples_gradient && !direct_samples; }
   bool need_columns_gradient() const { return need_input || need_samples_gradient; }
-  int64_t waves() const { return together ? 1 : max((int64_t)1, ceil_div(p.batch, wave)); }
-  int64_t places() const { return together ? 1 : wave; } /* images whose arrays there are */
   int64_t owners() const { return slabs.count * bands; }
   int64_t weight_tasks() const {
     return !need_columns_gradient() ? 0 : is_depthwise(p) ? 1 : weight_slabs() * pieces;
@@ -207,12 +238,13 @@ struct Range {
 template <class A>
 struct BackwardShared {
   A *weight, *slabs, *output, *lines, *input, *sums, *share;
+  A *total; /* grad_weight of earlier rounds, where its own memory is of another type */
   Range *touched; /* of each share of grad_input */
   double *bias;
   /* What no other task sees comes from the thread's scratch. */
   BackwardShared(const Backward<A> &b, Arena &arena, Arena &scratch) {
     const dcn_params &p = b.p;
-    const int64_t pixels = plane_out(p), places = b.places();
+    const int64_t pixels = plane_out(p), places = b.places;
     Arena &images = b.together ? scratch : arena, &weights = b.alone ? scratch : arena;
     weight = weights.take<A>(b.weight_values());
     slabs = images.take<A>(places * b.slabs.count * b.plane);
@@ -222,8 +254,11 @@ struct BackwardShared {
     sums = images.take<A>(b.need_sums() ? places * b.pairs * 3 * taps_of(p) * pixels : 0);
     touched = images.take<Range>(b.need_input ? places * b.owners() : 0);
     share = weights.take<A>(
-        b.need_weight ? b.wave * b.weight_slabs() * b.bands * group_out(p) * b.share_row : 0);
-    bias = arena.take<double>(b.need_bias ? 2 * p.out_channels : 0);
+        b.need_weight ? b.shares() * b.weight_slabs() * b.bands * group_out(p) * b.share_row : 0);
+    total = arena.take<A>(b.need_weight && b.rounds() > 1 && !is_direct<A>(p)
+                              ? p.out_channels * group_in(p) * taps_of(p)
+                              : 0);
+    bias = arena.take<double>(b.need_bias ? b.series * 2 * p.out_channels : 0);
   }
 };
 
@@ -403,8 +438,8 @@ static void multiply(const Backward<A> &b, int64_t rows, int64_t columns, int64_
 
 template <class A>
 static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
-                          const BackwardShared<A> &shared, int64_t image, int64_t slot,
-                          int64_t place, int64_t slab, int64_t band, bool first_wave,
+                          const BackwardShared<A> &shared, int64_t image, int64_t place,
+                          int64_t share_of, int64_t slab, int64_t band, bool first_of_series,
                           const BackwardScratch<A> &s) {
   const dcn_params &p = b.p;
   constexpr int64_t L = Vector<A>::lanes;
@@ -412,7 +447,7 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
   const int64_t slab_begin = b.slabs.begin(slab), slab_end = b.slabs.end(p, slab);
   const int64_t owner = (place * b.slabs.count + slab) * b.bands + band;
   const int64_t weight_slab = b.alone ? 0 : slab;
-  const int64_t sharer = (slot * b.weight_slabs() + weight_slab) * b.bands + band;
+  const int64_t sharer = (share_of * b.weight_slabs() + weight_slab) * b.bands + band;
   const bool depthwise = is_depthwise(p);
   const A *packed = shared.slabs + (place * b.slabs.count + slab) * b.plane;
   const A *weight = shared.weight + weight_slab * outputs * b.share_row;
@@ -423,7 +458,7 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
   Range touched = {0, 0};
   if (input)
     for (int64_t i = nowhere; i < b.plane; i++) input[i] = 0;
-  if (share && depthwise && first_wave)
+  if (share && depthwise && first_of_series)
     for (int64_t i = 0; i < outputs * b.share_row; i++) share[i] = 0;
 
   const int64_t first_tile = b.tiles * band / b.bands, last_tile = b.tiles * (band + 1) / b.bands;
@@ -493,7 +528,7 @@ static void backward_band(const Backward<A> &b, const dcn_tensors &tensors,
                 multiply(b, outputs, count * block.count, pixels,
                          lines.at + block.group * outputs * lines.pitch, lines.pitch, s.columns,
                          b.columns_row, 2 * L, share + chunk_column, b.share_row,
-                         !first_wave || tile > first_tile, ALL_PARTS, s);
+                         !first_of_series || tile > first_tile, ALL_PARTS, s);
             }
             if (b.need_samples_gradient)
               add_sample_gradients(s.corners, s.products, tap, count, b.tile_pitch, first, pixels,
@@ -548,18 +583,25 @@ static void sum_pixels(const void *memory, int dtype, int64_t index, int64_t ste
   for (int64_t j = 0; j < width; j++) sums[j] = part[0][j];
 }
 
-/* grad_bias of BIAS_OUTPUTS outputs: runs in A, their total in double with its rounding errors kept
- * (`sums` holds total and error of every output between waves). */
+/* total += one, with the rounding error in `error`. */
+DCN_INLINE void add_exactly(double one, double &total, double &error) {
+  const double sum = total + one, kept = sum - total;
+  error += (total - (sum - kept)) + (one - kept);
+  total = sum;
+}
+
+/* grad_bias of BIAS_OUTPUTS outputs of some images of a series: runs in A, their total in double with its
+ * rounding errors kept: `sums` holds total and error of every output. */
 template <class A>
-static void sum_bias(const Backward<A> &b, const dcn_tensors &tensors, double *sums, int64_t task,
-                     int64_t first_image, int64_t images, bool first_wave, bool last_wave, A *row) {
+static void sum_bias(const Backward<A> &b, const dcn_tensors &tensors, double *sums, int64_t piece,
+                     int64_t first_image, int64_t last_image, bool first_of_series, A *row) {
   const dcn_params &p = b.p;
-  const int64_t begin = task * BIAS_OUTPUTS, width = min(BIAS_OUTPUTS, p.out_channels - begin);
+  const int64_t begin = piece * BIAS_OUTPUTS, width = min(BIAS_OUTPUTS, p.out_channels - begin);
   const int64_t plane = plane_out(p);
   sums += 2 * begin;
-  if (first_wave)
+  if (first_of_series)
     for (int64_t j = 0; j < 2 * width; j++) sums[j] = 0;
-  for (int64_t image = first_image; image < first_image + images; image++)
+  for (int64_t image = first_image; image < last_image; image++)
     for (int64_t first = 0; first < plane; first += SUM_RUN) {
       const int64_t count = min(SUM_RUN, plane - first);
       A value[BIAS_OUTPUTS];
@@ -575,19 +617,26 @@ static void sum_bias(const Backward<A> &b, const dcn_tensors &tensors, double *s
           value[j] = sum_run(run, count);
         }
       }
-      for (int64_t j = 0; j < width; j++) {
-        const double one = (double)value[j], total = sums[2 * j], sum = total + one;
-        const double kept = sum - total;
-        sums[2 * j + 1] += (total - (sum - kept)) + (one - kept);
-        sums[2 * j] = sum;
-      }
+      for (int64_t j = 0; j < width; j++)
+        add_exactly((double)value[j], sums[2 * j], sums[2 * j + 1]);
     }
-  if (!last_wave) return;
-  for (int64_t j = 0; j < width; j++) {
-    const double total = sums[2 * j], error = sums[2 * j + 1];
+}
+
+/* grad_bias of BIAS_OUTPUTS outputs: the sum of all series. */
+template <class A>
+static void finish_bias(const Backward<A> &b, const dcn_tensors &tensors, const double *sums,
+                        int64_t piece) {
+  const dcn_params &p = b.p;
+  for (int64_t o = piece * BIAS_OUTPUTS; o < min((piece + 1) * BIAS_OUTPUTS, p.out_channels); o++) {
+    double total = 0, error = 0;
+    for (int64_t s = 0; s < b.series; s++) {
+      const double *sum = sums + (s * p.out_channels + o) * 2;
+      add_exactly(sum[0], total, error);
+      error += sum[1];
+    }
     /* An infinite or NaN total has no error to add. */
     const A rounded = (A)(total - total == 0 ? total + error : total);
-    write_row(tensors.grad_bias, p.dtype, begin + j, 1, 1, &rounded);
+    write_row(tensors.grad_bias, p.dtype, o, 1, 1, &rounded);
   }
 }
 
@@ -638,47 +687,59 @@ static void finish_samples(const Backward<A> &b, const dcn_tensors &tensors, con
   }
 }
 
-/* grad_weight of BIAS_OUTPUTS outputs per group of one slab: the sum of its owners' shares. */
+/* grad_weight of BIAS_OUTPUTS outputs per group of one slab: the sum of its owners' shares, added to that of
+ * earlier rounds. */
 template <class A>
-static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors, const A *share,
-                          int64_t slab, int64_t piece, const BackwardScratch<A> &s) {
+static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors,
+                          const BackwardShared<A> &shared, int64_t round, int64_t slab,
+                          int64_t piece, const BackwardScratch<A> &s) {
   const dcn_params &p = b.p;
   const int64_t taps = taps_of(p), outputs = group_out(p), channels = group_in(p);
   const int64_t slab_begin = b.slabs.begin(slab), slab_end = b.slabs.end(p, slab);
   const int64_t first = piece * BIAS_OUTPUTS, last = min(first + BIAS_OUTPUTS, outputs);
-  const int64_t slots = p.batch ? b.wave : 0, slot_step = b.owners() * outputs * b.share_row;
-  const bool depthwise = is_depthwise(p);
+  const int64_t shares = p.batch ? min(b.shares(), b.series - round * b.shares()) : 0;
+  const int64_t share_step = b.owners() * outputs * b.share_row;
+  const bool depthwise = is_depthwise(p), unfinished = round < b.rounds() - 1;
+  A *total = is_direct<A>(p) ? (A *)tensors.grad_weight : shared.total;
+  const A *share = shared.share + (b.alone ? 0 : slab * b.bands * outputs * b.share_row);
   /* A run: columns that lie together in a share; runs of a row are `run_step` apart. */
   const int64_t run_taps = depthwise ? 1 : b.chunk;
-  if (!b.alone) share += slab * b.bands * outputs * b.share_row;
   int64_t column = 0;
   for (int64_t c = slab_begin; c < slab_end;) {
     const Block block = block_at(p, c, slab_end);
     const int64_t run_step =
         depthwise ? b.slabs.pitch + Vector<A>::lanes : b.chunk_columns(block.count);
+    /* Channels that lie together in grad_weight. */
+    const int64_t together = depthwise ? 1 : block.count, values = together * taps;
     for (int64_t o = first; o < last; o++) {
+      const auto weight_at = [&](int64_t i) {
+        return depthwise ? ((c + i) * outputs + o) * taps
+                         : ((block.group * outputs + o) * channels + c % channels) * taps;
+      };
       const A *row = s.row;
-      if (slots * b.bands == 1 && run_taps == taps) row = share + o * b.share_row + column;
+      if (shares && b.series * b.bands == 1 && run_taps == taps) row = share + o * b.share_row + column;
+      if (round) {
+        for (int64_t i = 0; i < block.count; i += together)
+          for (int64_t j = 0; j < values; j++) s.turned[i * taps + j] = total[weight_at(i) + j];
+        transpose_rows(s.turned, block.count, taps, s.row);
+      }
       for (int64_t k = 0; k < taps && row == s.row; k += run_taps) {
         const A *from = share + o * b.share_row + column + k / run_taps * run_step;
         const int64_t count = min(run_taps, taps - k) * block.count;
         A *sum = s.row + k * block.count;
-        for (int64_t i = 0; i < count; i++) sum[i] = 0;
-        for (int64_t slot = 0; slot < slots; slot++)
+        for (int64_t i = 0; i < count && !round; i++) sum[i] = 0;
+        for (int64_t share_of = 0; share_of < shares; share_of++)
           for (int64_t band = 0; band < b.bands; band++) {
-            const A *other = from + slot * slot_step + band * outputs * b.share_row;
+            const A *other = from + share_of * share_step + band * outputs * b.share_row;
             for (int64_t i = 0; i < count; i++) sum[i] += other[i];
           }
       }
       transpose_rows(row, taps, block.count, s.turned);
-      if (depthwise)
-        for (int64_t i = 0; i < block.count; i++)
-          write_row(tensors.grad_weight, p.dtype, ((c + i) * outputs + o) * taps, 1, taps,
-                    s.turned + i * taps);
-      else
-        write_row(tensors.grad_weight, p.dtype,
-                  ((block.group * outputs + o) * channels + c % channels) * taps, 1,
-                  block.count * taps, s.turned);
+      for (int64_t i = 0; i < block.count; i += together)
+        if (unfinished)
+          for (int64_t j = 0; j < values; j++) total[weight_at(i) + j] = s.turned[i * taps + j];
+        else
+          write_row(tensors.grad_weight, p.dtype, weight_at(i), 1, values, s.turned + i * taps);
     }
     column += depthwise ? block.count : b.block_columns(block.count);
     c += block.count;
@@ -694,14 +755,14 @@ static void backward_plan(const dcn_params &p, int wanted, int num_threads, bool
   BackwardShared<A>(b, shared, scratch);
   plan->waves = b.waves();
   plan->phases = 4;
-  plan->tasks[0] = b.bias_tasks + (b.alone ? 0 : b.weight_tasks());
-  plan->tasks[1] = b.wave;
+  plan->tasks[0] = b.shares() * b.bias_tasks + (b.alone ? 0 : b.weight_tasks());
+  plan->tasks[1] = b.shares();
   plan->tasks[2] = 0;
-  plan->tasks[3] = b.need_weight && !b.alone ? b.slabs.count * b.pieces : 0;
+  plan->tasks[3] = (b.need_weight && !b.alone ? b.slabs.count * b.pieces : 0) + b.bias_tasks;
   if (!b.together) {
-    plan->tasks[0] += b.wave * b.prepare_tasks();
+    plan->tasks[0] += b.places * b.prepare_tasks();
     plan->tasks[1] *= b.owners();
-    plan->tasks[2] = b.wave * b.finish_tasks();
+    plan->tasks[2] = b.places * b.finish_tasks();
   }
   plan->shared_bytes = shared.used;
   plan->scratch_bytes = scratch.used;
@@ -765,14 +826,27 @@ static void backward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, 
   Arena shared_arena = {(char *)call.shared, 0}, arena = {(char *)memory, 0};
   const BackwardScratch<A> s(b, arena);
   const BackwardShared<A> shared(b, shared_arena, arena);
-  const int64_t first_image = b.together ? 0 : wave * b.wave;
-  const int64_t images = b.together ? p.batch : max((int64_t)0, min(b.wave, p.batch - first_image));
+  const int64_t round = wave / b.length, step = b.together ? 0 : wave % b.length;
+  const bool round_ends = b.together || step == b.length - 1;
+  /* The wave's images of the series in a place: none, one, or, together, all. */
+  const auto series_at = [&](int64_t place) { return round * b.shares() + place; };
+  const auto images_at = [&](int64_t place) {
+    const int64_t s = series_at(place);
+    if (s >= b.series) return Range{0, 0};
+    const Range all = {b.first_image(s), b.first_image(s + 1)};
+    return b.together ? all : Range{all.begin + step, min(all.begin + step + 1, all.end)};
+  };
   switch (phase) {
     case 0: {
-      if (task < b.bias_tasks)
-        return sum_bias(b, tensors, shared.bias, task, first_image, images, wave == 0,
-                        wave == b.waves() - 1, s.row);
-      task -= b.bias_tasks;
+      if (task < b.shares() * b.bias_tasks) {
+        const int64_t place = task / b.bias_tasks;
+        const Range images = images_at(place);
+        if (series_at(place) < b.series)
+          sum_bias(b, tensors, shared.bias + series_at(place) * 2 * p.out_channels,
+                   task % b.bias_tasks, images.begin, images.end, step == 0, s.row);
+        return;
+      }
+      task -= b.shares() * b.bias_tasks;
       if (!b.alone && task < b.weight_tasks()) {
         if (wave > 0) return;
         if (is_depthwise(p)) return pack_depthwise_weight(p, tensors.weight, shared.weight);
@@ -781,9 +855,10 @@ static void backward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, 
                                  shared.weight + slab * group_out(p) * b.share_row, s);
       }
       if (!b.alone) task -= b.weight_tasks();
-      const int64_t slot = task / b.prepare_tasks();
-      if (slot < images)
-        prepare_image(b, tensors, shared, first_image + slot, slot, task % b.prepare_tasks());
+      const int64_t place = task / b.prepare_tasks();
+      const Range images = images_at(place);
+      if (images.begin < images.end)
+        prepare_image(b, tensors, shared, images.begin, place, task % b.prepare_tasks());
       return;
     }
     case 1: {
@@ -792,36 +867,44 @@ static void backward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, 
           pack_slab_weights(b, tensors.weight, task, i, shared.weight, s);
         backward_band(b, tensors, shared, 0, 0, 0, task, 0, true, s);
         for (int64_t i = 0; b.need_weight && i < b.pieces; i++)
-          finish_weight(b, tensors, shared.share, task, i, s);
+          finish_weight(b, tensors, shared, 0, task, i, s);
         return;
       }
       if (!b.together) {
-        const int64_t slot = task / b.owners(), slab = task % b.owners() / b.bands;
-        if (slot < images)
-          backward_band(b, tensors, shared, first_image + slot, slot, slot, slab, task % b.bands,
-                        wave == 0, s);
+        const int64_t place = task / b.owners(), slab = task % b.owners() / b.bands;
+        const Range images = images_at(place);
+        if (images.begin < images.end)
+          backward_band(b, tensors, shared, images.begin, place, place, slab, task % b.bands,
+                        step == 0, s);
         return;
       }
-      for (int64_t image = task; image < images; image += b.wave) {
+      const Range images = images_at(task);
+      for (int64_t image = images.begin; image < images.end; image++) {
         for (int64_t i = 0; i < b.prepare_tasks(); i++)
           prepare_image(b, tensors, shared, image, 0, i);
         for (int64_t i = 0; i < b.owners(); i++)
-          backward_band(b, tensors, shared, image, task, 0, i / b.bands, i % b.bands, image == task,
-                        s);
+          backward_band(b, tensors, shared, image, 0, task, i / b.bands, i % b.bands,
+                        image == images.begin, s);
         for (int64_t i = 0; i < b.finish_tasks(); i++)
           finish_image(b, tensors, shared, image, 0, i, s.row);
       }
       return;
     }
     case 2: {
-      const int64_t slot = task / b.finish_tasks();
-      if (slot < images)
-        finish_image(b, tensors, shared, first_image + slot, slot, task % b.finish_tasks(), s.row);
+      const int64_t place = task / b.finish_tasks();
+      const Range images = images_at(place);
+      if (images.begin < images.end)
+        finish_image(b, tensors, shared, images.begin, place, task % b.finish_tasks(), s.row);
       return;
     }
     default: {
-      if (wave == b.waves() - 1)
-        finish_weight(b, tensors, shared.share, task / b.pieces, task % b.pieces, s);
+      if (!round_ends) return;
+      if (task >= b.bias_tasks) {
+        task -= b.bias_tasks;
+        finish_weight(b, tensors, shared, round, task / b.pieces, task % b.pieces, s);
+      } else if (round == b.rounds() - 1) {
+        finish_bias(b, tensors, shared.bias, task);
+      }
     }
   }
 }

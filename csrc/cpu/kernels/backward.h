@@ -56,12 +56,12 @@
 
 namespace DCN_ISA {
 
-/* Memory of a wave's images, for each thread where more of them keep more threads busy, but at least one
- * image. */
-constexpr int64_t BACKWARD_WAVE_BYTES = 8 << 20;
+/* Memory of a wave's images, but at least one; and for each thread, where more of them keep more threads
+ * busy. */
+constexpr int64_t BACKWARD_WAVE_BYTES = 8 << 20, BUSY_WAVE_BYTES = 16 << 20;
 /* Series: as many small images as one thread's wave may have, at most so many; of large ones so many that
  * there are enough tasks for many threads, and that adding up shares is little beside the work. */
-constexpr int64_t MOST_SERIES = 16, SERIES_TASKS = 32, SERIES_PIXELS = 2048;
+constexpr int64_t MOST_SERIES = 16, SERIES_TASKS = 32, SERIES_PIXELS = 1536;
 constexpr int64_t SMALL_IMAGE = 1 << 20; /* bytes of an image's arrays that a cache holds */
 struct TileLimits {
   int64_t bytes, pixels; /* of its columns, and of float32 */
@@ -76,8 +76,12 @@ static_assert(LARGE_TILE.pixels <= MOST_PIXELS, "the distance of the corners' we
 constexpr int64_t SPLIT_LEAST = 128; /* columns of a block: grad_output is split for each of them */
 constexpr int64_t SPLIT_PASS = 256;  /* rows of a product that are split together */
 constexpr int64_t LATE_SLABS = 4;    /* up to which grad_output is turned for each of them */
-constexpr int64_t BAND_PIXELS = 512; /* a band has at least this many */
-constexpr int64_t MOST_BANDS = 4;    /* slabs * bands beyond which slabs alone are enough */
+/* Slabs times bands of an image, and pixels of a band: at most so many of so many. Bands beside each other
+ * touch the same rows of grad_input, which counts less on large images. */
+struct BandLimits {
+  int64_t owners, pixels;
+};
+constexpr BandLimits BANDS = {4, 512}, LARGE_BANDS = {8, 3072};
 constexpr int64_t SUM_RUN = 512; /* values of grad_bias summed in A before they go into a double */
 constexpr int64_t BIAS_OUTPUTS = 16; /* outputs of one task of grad_bias, weights or grad_weight */
 
@@ -140,9 +144,10 @@ struct Backward {
     tile = max((int64_t)2 * ROWS, min(tile, most_pixels));
     tile = ceil_div(pixels, ceil_div(pixels, tile));
     tiles = ceil_div(pixels, tile);
-    bands = max((int64_t)1, min(MOST_BANDS / slabs.count, pixels / BAND_PIXELS));
-    if (bands == 3) bands = 2;
-    bands = min(bands, tiles);
+    bands = 1;
+    for (const BandLimits &limits : {BANDS, LARGE_BANDS})
+      bands = max(bands, min(limits.owners / slabs.count, pixels / limits.pixels));
+    bands = min(bands / 2 * 2 + (bands == 1), tiles); /* as many for each of two threads */
     tile = ceil_div(pixels, round_up(tiles, bands)); /* bands that are equal */
     tiles = ceil_div(pixels, tile);
     tile_pitch = round_up(tile, Vector<A>::lanes);
@@ -158,8 +163,8 @@ struct Backward {
     const int64_t image_bytes = values * size;
     series = max(min(MOST_SERIES, BACKWARD_WAVE_BYTES / image_bytes),
                  min(ceil_div(SERIES_TASKS, owners()), p.batch * pixels / SERIES_PIXELS));
-    series = max((int64_t)1, min(series, p.batch));
-    length = max((int64_t)1, ceil_div(p.batch, series));
+    length = max((int64_t)1, ceil_div(p.batch, max((int64_t)1, series)));
+    series = max((int64_t)1, ceil_div(p.batch, length)); /* as long as each other, nearly */
     together = is_small_image && (series >= 2 * num_threads || owners() == 1);
     places = together ? 1 : places_for(num_threads, image_bytes);
     alone =
@@ -177,7 +182,7 @@ struct Backward {
       const auto of_wave = [&](int64_t images) { return ceil_div(images * owners(), num_threads); };
       return series / count * of_wave(count) + of_wave(series % count);
     };
-    const int64_t most = num_threads * BACKWARD_WAVE_BYTES / image_bytes;
+    const int64_t most = num_threads * BUSY_WAVE_BYTES / image_bytes;
     int64_t best = max((int64_t)1, min(BACKWARD_WAVE_BYTES / image_bytes, series));
     for (int64_t count = best + 1; count <= min(most, series); count++)
       if (time(count) < time(best)) best = count;

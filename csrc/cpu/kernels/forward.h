@@ -38,15 +38,13 @@
 
 namespace DCN_ISA {
 
-/* Packed images of a wave, for each thread and at most, but at least one image. */
-constexpr int64_t WAVE_SHARE = 512 << 10, WAVE_BYTES = 4 << 20;
+constexpr int64_t WAVE_SHARE = 512 << 10; /* packed images of a wave, for each thread */
 constexpr int64_t PACK_PIXELS = 256; /* pixels of one packing task */
 /* The result of a tile, and its bytes a column. */
 constexpr int64_t TILE_BYTES = 512 << 10;
 constexpr int64_t TILE_COLUMN = MOST_PIXELS * 4;
 constexpr int64_t STRIP = DCN_VECTOR_BYTES == 64 ? 2 * ROWS : 8 * ROWS; /* pixels */
-/* Tiles that are enough for each of several threads, and pixels from which on one is halved for that. */
-constexpr int64_t TILES_OF_A_THREAD = 14, SHARED_TILE = 8 * ROWS;
+constexpr int64_t TILE_COST = 16; /* what a tile takes beside its pixels, in pixels */
 constexpr int64_t LATE_BYTES = 1 << 20; /* weights from which on they may be packed late */
 constexpr int PIECES = 16;              /* blocks that are multiplied together */
 /* Weights that are split once for all tiles, to half as much again. */
@@ -107,30 +105,39 @@ struct Forward {
     const int64_t pixels = plane_out(p);
     tile = TILE_BYTES / (result_row * (int64_t)sizeof(A)) / ROWS * ROWS;
     tile = max((int64_t)2 * ROWS, min(tile, TILE_COLUMN / (int64_t)sizeof(A)));
-    tiles = ceil_div(pixels, tile);
+    tile = min(tile, pixels);
     const int64_t batch = max(p.batch, (int64_t)1);
     /* What is one tile in float32 is two in float64. */
     late = !is_depthwise(p) && chunk == taps_of(p) &&
-           tiles * batch <= (int64_t)(sizeof(A) / sizeof(float)) &&
+           ceil_div(pixels, tile) * batch <= (int64_t)(sizeof(A) / sizeof(float)) &&
            p.groups * panels * panel_values * (int64_t)sizeof(A) >= LATE_BYTES;
     parts = late ? min(panels, (int64_t)num_threads) : 1;
-    /* Few tiles: more and smaller ones, so that threads end together; then as many for each. */
-    if (!late && num_threads > 1) {
-      const int64_t enough = ceil_div(TILES_OF_A_THREAD * num_threads, batch);
-      tiles = max(tiles, min(enough, pixels / SHARED_TILE));
-      if (tiles < enough)
-        tiles = min(ceil_div(round_up(tiles * batch, num_threads), batch),
-                    ceil_div(pixels, (int64_t)ROWS));
-    }
-    /* Several threads take equal tiles; one takes whole vectors and strips, and what is left. */
-    tile = num_threads > 1 ? ceil_div(pixels, tiles) : min(tile, pixels);
-    if (split && !late) tile = round_up(tile, BLOCK);
+    wave = WAVE_SHARE * num_threads / (slabs.count * plane * (int64_t)sizeof(A));
+    wave = max((int64_t)1, min(batch, wave));
+    if (!late) tile = tile_for(num_threads, tile, pixels);
     tiles = ceil_div(pixels, tile);
     tile_pitch = round_up(tile, L);
-    const int64_t image_bytes = slabs.count * plane * (int64_t)sizeof(A);
-    wave = min(WAVE_SHARE * num_threads, WAVE_BYTES) / image_bytes;
-    wave = max((int64_t)1, min(p.batch, wave));
     pack_tasks = ceil_div(plane_in(p), PACK_PIXELS) * slabs.count;
+  }
+
+  /* The tile, of at most `most` pixels, with which the busiest thread ends first. */
+  int64_t tile_for(int64_t num_threads, int64_t most, int64_t pixels) const {
+    const int64_t step = split ? BLOCK : ROWS;
+    if (num_threads == 1) return split ? round_up(most, step) : most;
+    const auto equal = [&](int64_t size) {
+      return split ? size : ceil_div(pixels, ceil_div(pixels, size));
+    };
+    const auto time = [&](int64_t size) {
+      const int64_t whole = wave * (pixels / size), rest = pixels % size;
+      const int64_t turns = ceil_div(whole, num_threads), idle = turns * num_threads - whole;
+      const int64_t fit = (size + TILE_COST) / (rest + TILE_COST); /* of the images' last tiles */
+      const int64_t more = rest ? max((int64_t)0, wave - idle * fit) : 0;
+      return turns * (size + TILE_COST) + ceil_div(more, num_threads) * (rest + TILE_COST);
+    };
+    int64_t best = equal(round_up(most, step));
+    for (int64_t size = round_up(most, step) - step; size >= step; size -= step)
+      if (time(equal(size)) < time(best)) best = equal(size);
+    return best;
   }
 
   int64_t weight_tasks() const { return is_depthwise(p) ? 1 : p.groups * panels; }

@@ -114,7 +114,7 @@ struct Backward {
   int64_t pack_tasks, output_tasks, bias_tasks; /* of an image, and of a series */
   int64_t pieces; /* of BIAS_OUTPUTS outputs, of a group */
 
-  Backward(const dcn_params &params, int wanted, int num_threads, bool matrix)
+  DCN_SMALL Backward(const dcn_params &params, int wanted, int num_threads, bool matrix)
       : p(params), slabs(params), frame(params) {
     split = matrix && may_split<A>(p) &&
             chunk_taps(p, slabs) * min(slabs.width, group_in(p)) >= SPLIT_LEAST;
@@ -247,7 +247,7 @@ struct BackwardShared {
   Range *touched; /* of each share of grad_input */
   double *bias;
   /* What no other task sees comes from the thread's scratch. */
-  BackwardShared(const Backward<A> &b, Arena &arena, Arena &scratch) {
+  DCN_SMALL BackwardShared(const Backward<A> &b, Arena &arena, Arena &scratch) {
     const dcn_params &p = b.p;
     const int64_t pixels = plane_out(p), places = b.places;
     Arena &images = b.together ? scratch : arena, &weights = b.alone ? scratch : arena;
@@ -275,7 +275,7 @@ struct BackwardScratch {
   A *columns, *products;
   A *output; /* of a tile, if late; or its lines */
   SplitScratch product;
-  BackwardScratch(const Backward<A> &b, Arena &arena)
+  DCN_SMALL BackwardScratch(const Backward<A> &b, Arena &arena)
       : tile(arena, b.tile_pitch),
         corners(arena, b.chunk * b.tile_pitch, true),
         product(arena, b.split ? SPLIT_PASS : 0) {
@@ -629,7 +629,7 @@ static void sum_bias(const Backward<A> &b, const dcn_tensors &tensors, double *s
 
 /* grad_bias of BIAS_OUTPUTS outputs: the sum of all series. */
 template <class A>
-static void finish_bias(const Backward<A> &b, const dcn_tensors &tensors, const double *sums,
+DCN_COLD static void finish_bias(const Backward<A> &b, const dcn_tensors &tensors, const double *sums,
                         int64_t piece) {
   const dcn_params &p = b.p;
   for (int64_t o = piece * BIAS_OUTPUTS; o < min((piece + 1) * BIAS_OUTPUTS, p.out_channels); o++) {
@@ -716,6 +716,7 @@ static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors,
         depthwise ? b.slabs.pitch + Vector<A>::lanes : b.chunk_columns(block.count);
     /* Channels that lie together in grad_weight. */
     const int64_t together = depthwise ? 1 : block.count, values = together * taps;
+    const size_t bytes = (size_t)values * sizeof(A);
     for (int64_t o = first; o < last; o++) {
       const auto weight_at = [&](int64_t i) {
         return depthwise ? ((c + i) * outputs + o) * taps
@@ -725,7 +726,7 @@ static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors,
       if (shares && b.series * b.bands == 1 && run_taps == taps) row = share + o * b.share_row + column;
       if (round) {
         for (int64_t i = 0; i < block.count; i += together)
-          for (int64_t j = 0; j < values; j++) s.turned[i * taps + j] = total[weight_at(i) + j];
+          __builtin_memcpy(s.turned + i * taps, total + weight_at(i), bytes);
         transpose_rows(s.turned, block.count, taps, s.row);
       }
       for (int64_t k = 0; k < taps && row == s.row; k += run_taps) {
@@ -742,7 +743,7 @@ static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors,
       transpose_rows(row, taps, block.count, s.turned);
       for (int64_t i = 0; i < block.count; i += together)
         if (unfinished)
-          for (int64_t j = 0; j < values; j++) total[weight_at(i) + j] = s.turned[i * taps + j];
+          __builtin_memcpy(total + weight_at(i), s.turned + i * taps, bytes);
         else
           write_row(tensors.grad_weight, p.dtype, weight_at(i), 1, values, s.turned + i * taps);
     }
@@ -752,7 +753,7 @@ static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors,
 }
 
 template <class A>
-static void backward_plan(const dcn_params &p, int wanted, int num_threads, bool matrix,
+DCN_COLD static void backward_plan(const dcn_params &p, int wanted, int num_threads, bool matrix,
                           dcn_cpu_plan *plan) {
   const Backward<A> b(p, wanted, num_threads, matrix);
   Arena shared = {nullptr, 0}, scratch = {nullptr, 0};

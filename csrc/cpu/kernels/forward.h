@@ -76,7 +76,7 @@ struct Forward {
   int64_t panel_values; /* of a packed panel of weights */
   int64_t most_columns; /* that are multiplied together */
 
-  Forward(const dcn_params &params, int num_threads, bool matrix)
+  DCN_SMALL Forward(const dcn_params &params, int num_threads, bool matrix)
       : p(params), slabs(params), frame(params) {
     constexpr int64_t L = Vector<A>::lanes;
     small = is_small<A>(p, frame);
@@ -196,7 +196,7 @@ struct ForwardScratch {
   SplitStrip *strips; /* columns for the matrix unit: a strip's, late: the tile's */
   SplitBlock *blocks; /* a late panel's */
   uint8_t *hard;      /* rows */
-  ForwardScratch(const Forward<A> &f, Arena &arena)
+  DCN_SMALL ForwardScratch(const Forward<A> &f, Arena &arena)
       : tile(arena, f.tile_pitch), corners(arena, f.chunk * f.tile_pitch, false) {
     const int64_t strip_blocks = f.most_columns / BLOCK;
     const int64_t rows = f.split ? round_up(f.tile, BLOCK) : 0;
@@ -598,7 +598,7 @@ static void forward_depthwise_tile(const Forward<A> &f, const dcn_tensors &tenso
 }
 
 template <class A>
-static void forward_plan(const dcn_params &p, int num_threads, bool matrix, dcn_cpu_plan *plan) {
+DCN_COLD static void forward_plan(const dcn_params &p, int num_threads, bool matrix, dcn_cpu_plan *plan) {
   const Forward<A> f(p, num_threads, matrix);
   Arena shared = {nullptr, 0}, scratch = {nullptr, 0};
   ForwardShared<A>(f, shared);

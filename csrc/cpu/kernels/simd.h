@@ -34,14 +34,21 @@ enum {
 };
 constexpr int VARIANTS = DCN_VARIANTS; /* all of them give the same bits */
 
-/* Where wheels have to be small: what hardly any call needs, what several functions call, and a loop
- * over the vectors of a pixel, of which there are four at most. */
+/* Where wheels have to be small: what hardly any call needs; what every task does, but once (who calls a
+ * cold function gets cold itself); what several functions call; and a loop over the vectors of a pixel, of
+ * which there are four at most. */
 #if DCN_VARIANTS < 2
 #define DCN_COLD __attribute__((cold, noinline))
+#ifdef __clang__
+#define DCN_SMALL __attribute__((minsize, noinline))
+#else
+#define DCN_SMALL __attribute__((optimize("Os"), noinline))
+#endif
 #define DCN_OUT_OF_LINE __attribute__((noinline))
 #define DCN_UNROLLED
 #else
 #define DCN_COLD
+#define DCN_SMALL
 #define DCN_OUT_OF_LINE __attribute__((always_inline)) inline
 #define DCN_UNROLLED _Pragma("GCC unroll 4")
 #endif

@@ -107,12 +107,12 @@ struct Backward {
   int64_t chunk, tile, tiles, bands;
   int64_t series, length; /* of images; of the longest one */
   int64_t places;         /* images whose arrays there are */
-  int64_t tile_pitch; /* pixels between two taps' rows of corners */
+  int64_t tile_pitch;     /* pixels between two taps' rows of corners */
   int64_t
       share_row; /* grad_weight share: values of one output's row; the packed weights' as well */
   int64_t pairs; /* of a slab and an offset group that meet: slab + offset_group numbers them */
   int64_t pack_tasks, output_tasks, bias_tasks; /* of an image, and of a series */
-  int64_t pieces; /* of BIAS_OUTPUTS outputs, of a group */
+  int64_t pieces;                               /* of BIAS_OUTPUTS outputs, of a group */
 
   DCN_SMALL Backward(const dcn_params &params, int wanted, int num_threads, bool matrix)
       : p(params), slabs(params), frame(params) {
@@ -148,7 +148,7 @@ struct Backward {
     for (const BandLimits &limits : {BANDS, LARGE_BANDS})
       bands = max(bands, min(limits.owners / slabs.count, pixels / limits.pixels));
     bands = min(bands / 2 * 2 + (bands == 1), tiles); /* as many for each of two threads */
-    tile = ceil_div(pixels, round_up(tiles, bands)); /* bands that are equal */
+    tile = ceil_div(pixels, round_up(tiles, bands));  /* bands that are equal */
     tiles = ceil_div(pixels, tile);
     tile_pitch = round_up(tile, Vector<A>::lanes);
     output_line = round_up(late_output ? tile : pixels, LINE / size);
@@ -243,7 +243,7 @@ struct Range {
 template <class A>
 struct BackwardShared {
   A *weight, *slabs, *output, *lines, *input, *sums, *share;
-  A *total; /* grad_weight of earlier rounds, where its own memory is of another type */
+  A *total;       /* grad_weight of earlier rounds, where its own memory is of another type */
   Range *touched; /* of each share of grad_input */
   double *bias;
   /* What no other task sees comes from the thread's scratch. */
@@ -629,8 +629,8 @@ static void sum_bias(const Backward<A> &b, const dcn_tensors &tensors, double *s
 
 /* grad_bias of BIAS_OUTPUTS outputs: the sum of all series. */
 template <class A>
-DCN_COLD static void finish_bias(const Backward<A> &b, const dcn_tensors &tensors, const double *sums,
-                        int64_t piece) {
+DCN_COLD static void finish_bias(const Backward<A> &b, const dcn_tensors &tensors,
+                                 const double *sums, int64_t piece) {
   const dcn_params &p = b.p;
   for (int64_t o = piece * BIAS_OUTPUTS; o < min((piece + 1) * BIAS_OUTPUTS, p.out_channels); o++) {
     double total = 0, error = 0;
@@ -723,7 +723,8 @@ static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors,
                          : ((block.group * outputs + o) * channels + c % channels) * taps;
       };
       const A *row = s.row;
-      if (shares && b.series * b.bands == 1 && run_taps == taps) row = share + o * b.share_row + column;
+      if (shares && b.series * b.bands == 1 && run_taps == taps)
+        row = share + o * b.share_row + column;
       if (round) {
         for (int64_t i = 0; i < block.count; i += together)
           __builtin_memcpy(s.turned + i * taps, total + weight_at(i), bytes);
@@ -754,7 +755,7 @@ static void finish_weight(const Backward<A> &b, const dcn_tensors &tensors,
 
 template <class A>
 DCN_COLD static void backward_plan(const dcn_params &p, int wanted, int num_threads, bool matrix,
-                          dcn_cpu_plan *plan) {
+                                   dcn_cpu_plan *plan) {
   const Backward<A> b(p, wanted, num_threads, matrix);
   Arena shared = {nullptr, 0}, scratch = {nullptr, 0};
   BackwardScratch<A>(b, scratch);

@@ -39,12 +39,12 @@
 namespace DCN_ISA {
 
 constexpr int64_t WAVE_SHARE = 512 << 10; /* packed images of a wave, for each thread */
-constexpr int64_t PACK_PIXELS = 256; /* pixels of one packing task */
+constexpr int64_t PACK_PIXELS = 256;      /* pixels of one packing task */
 /* The result of a tile, and its bytes a column. */
 constexpr int64_t TILE_BYTES = 512 << 10;
 constexpr int64_t TILE_COLUMN = MOST_PIXELS * 4;
 constexpr int64_t STRIP = DCN_VECTOR_BYTES == 64 ? 2 * ROWS : 8 * ROWS; /* pixels */
-constexpr int64_t TILE_COST = 16; /* what a tile takes beside its pixels, in pixels */
+constexpr int64_t TILE_COST = 16;       /* what a tile takes beside its pixels, in pixels */
 constexpr int64_t LATE_BYTES = 1 << 20; /* weights from which on they may be packed late */
 constexpr int PIECES = 16;              /* blocks that are multiplied together */
 /* Weights that are split once for all tiles, to half as much again. */
@@ -598,7 +598,8 @@ static void forward_depthwise_tile(const Forward<A> &f, const dcn_tensors &tenso
 }
 
 template <class A>
-DCN_COLD static void forward_plan(const dcn_params &p, int num_threads, bool matrix, dcn_cpu_plan *plan) {
+DCN_COLD static void forward_plan(const dcn_params &p, int num_threads, bool matrix,
+                                  dcn_cpu_plan *plan) {
   const Forward<A> f(p, num_threads, matrix);
   Arena shared = {nullptr, 0}, scratch = {nullptr, 0};
   ForwardShared<A>(f, shared);

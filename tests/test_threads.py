@@ -490,3 +490,74 @@ def test_nobody_waits_for_a_thread_without_a_core(team, sleeper):
     once, early, shares = team(sleeper)
     assert once and not early
     assert shares < 3 * 3 * (3 * 10 + 2)  # others took all but one or two tasks of its share
+
+
+PLANS = """
+#include <stdio.h>
+#define DCN_ISA plans
+#define DCN_VECTOR_BYTES 0
+#include "kernels/backward.h"
+
+/* Lines of nine sizes and a number of threads: waves and tasks of the work, for both directions. */
+int main() {
+  dcn_params p = {};
+  int threads;
+  while (scanf("%ld %ld %ld %ld %ld %ld %ld %ld %ld %d", &p.batch, &p.in_channels, &p.out_channels,
+               &p.in_h, &p.in_w, &p.kernel_h, &p.stride_h, &p.groups, &p.offset_groups,
+               &threads) == 10) {
+    p.kernel_w = p.kernel_h, p.stride_w = p.stride_h, p.dilation_h = p.dilation_w = 1;
+    p.pad_top = p.pad_left = p.kernel_h / 2;
+    p.out_h = (p.in_h - 1) / p.stride_h + 1, p.out_w = (p.in_w - 1) / p.stride_w + 1;
+    dcn_cpu_plan forward = {}, backward = {};
+    plans::forward_plan<float>(p, threads, false, &forward);
+    plans::backward_plan<float>(p, 31, threads, false, &backward);
+    printf("%ld %ld %ld %ld\\n", forward.waves, forward.tasks[1], backward.waves, backward.tasks[1]);
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory):
+    """How calls are cut for a number of threads: (waves, tasks) of both directions' main phase."""
+    csrc = Path(__file__).parents[1] / "csrc" / "cpu"
+    if shutil.which("c++") is None or not csrc.exists():
+        pytest.skip("needs a C++ compiler and the sources")
+    folder = tmp_path_factory.mktemp("plans")
+    (folder / "plans.cpp").write_text(PLANS)
+    command = ["c++", "-std=c++17", "-fno-exceptions", "-w", "-I", csrc, "plans.cpp", "-o", "plans"]
+    subprocess.run(command, check=True, cwd=folder)
+
+    def run(layers):
+        text = "\n".join(" ".join(map(str, layer)) for layer in layers)
+        done = subprocess.run(
+            [folder / "plans"], input=text, check=True, capture_output=True, text=True
+        )
+        numbers = [[int(n) for n in line.split()] for line in done.stdout.splitlines()]
+        return [((a, b), (c, d)) for a, b, c, d in numbers]
+
+    return run
+
+
+@pytest.mark.parametrize("threads", [2, 4, 8, 16])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        (8, 64, 64, 56, 56, 3, 1, 1, 1),
+        (8, 128, 128, 56, 56, 3, 1, 1, 1),
+        (8, 256, 256, 28, 28, 3, 1, 1, 1),
+        (16, 256, 256, 56, 56, 3, 1, 1, 1),
+        (32, 512, 512, 14, 14, 3, 1, 1, 1),
+        (2, 256, 256, 100, 152, 3, 1, 1, 1),
+        (8, 128, 256, 112, 112, 3, 2, 1, 1),
+        (16, 128, 128, 56, 56, 3, 1, 4, 4),
+        (16, 256, 256, 56, 56, 3, 1, 256, 1),
+        (32, 16, 16, 28, 28, 3, 1, 1, 1),
+    ],
+    ids=str,
+)
+def test_batches_occupy_many_threads(plans, layer, threads):
+    """What is in memory at once has tasks for all threads, and about as many for each."""
+    for waves, tasks in plans([(*layer, threads)])[0]:
+        assert tasks >= threads, waves
+        assert tasks / (threads * -(-tasks // threads)) >= 0.75, (waves, tasks)

@@ -127,8 +127,15 @@ def test_a_batch_is_the_sum_of_its_images(name, dtype):
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_any_number_of_threads_on_every_isa(isa):
-    geometry = Geometry(2, 21, 23, 29, 34, THREE, padding=SAME, offset_groups=3)
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(2, 21, 23, 29, 34, THREE, padding=SAME, offset_groups=3),
+        Geometry(2, 9, 19, 26, 16, (8, 8)),  # a few more pixels than the largest tile
+    ],
+    ids=["offset_groups", "kernel_8"],
+)
+def test_any_number_of_threads_on_every_isa(geometry, isa):
     call = testing.real(geometry, 1).astype("float32")
     with dcnlib.cpu_isa(isa):
         alone = run_with(call, 1)

@@ -38,6 +38,9 @@
 
 namespace DCN_ISA {
 
+static_assert(MOST_PIXELS % BLOCK == 0,
+              "a tile that is rounded up to the matrix unit's strips has room");
+
 constexpr int64_t WAVE_SHARE = 512 << 10; /* packed images of a wave, for each thread */
 constexpr int64_t PACK_PIXELS = 256;      /* pixels of one packing task */
 /* The result of a tile, and its bytes a column. */
@@ -123,7 +126,8 @@ struct Forward {
   /* The tile, of at most `most` pixels, with which the busiest thread ends first. */
   int64_t tile_for(int64_t num_threads, int64_t most, int64_t pixels) const {
     const int64_t step = split ? BLOCK : ROWS;
-    if (num_threads == 1) return split ? round_up(most, step) : most;
+    if (split) most = round_up(most, step); /* still no more than MOST_PIXELS */
+    if (num_threads == 1) return most;
     const auto equal = [&](int64_t size) {
       return split ? size : ceil_div(pixels, ceil_div(pixels, size));
     };
@@ -134,8 +138,8 @@ struct Forward {
       const int64_t more = rest ? max((int64_t)0, wave - idle * fit) : 0;
       return turns * (size + TILE_COST) + ceil_div(more, num_threads) * (rest + TILE_COST);
     };
-    int64_t best = equal(round_up(most, step));
-    for (int64_t size = round_up(most, step) - step; size >= step; size -= step)
+    int64_t best = equal(most);
+    for (int64_t size = (most - 1) / step * step; size >= step; size -= step)
       if (time(equal(size)) < time(best)) best = equal(size);
     return best;
   }

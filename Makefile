@@ -56,7 +56,7 @@ bench-asv: $(VENV)/asv
 	@$(BIN)/python asv_bench/run.py $(or $(ARGS),quick)
 	@$(BIN)/python asv_bench/publish.py
 
-CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc' \
+CXX_FILES := $(shell find csrc tools -name '*.h' -o -name '*.cpp' -o -name '*.inc' \
 	-o -name '*.cu' -o -name '*.cuh')
 
 lint: export PATH := $(CURDIR)/$(BIN):$(PATH)

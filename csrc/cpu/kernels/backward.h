@@ -160,7 +160,8 @@ struct Backward {
     if (!direct_samples) values += pairs * 3 * taps * pixels;
     const bool is_small_image = values * size <= SMALL_IMAGE;
     values += slabs.count * bands * group_out(p) * share_row;
-    const int64_t image_bytes = values * size;
+    /* Of an empty batch it may be beyond any number. */
+    const int64_t image_bytes = max((int64_t)1, values * size);
     series = max(min(MOST_SERIES, BACKWARD_WAVE_BYTES / image_bytes),
                  min(ceil_div(SERIES_TASKS, owners()), p.batch * pixels / SERIES_PIXELS));
     length = max((int64_t)1, ceil_div(p.batch, max((int64_t)1, series)));

@@ -115,7 +115,9 @@ struct Forward {
            ceil_div(pixels, tile) * batch <= (int64_t)(sizeof(A) / sizeof(float)) &&
            p.groups * panels * panel_values * (int64_t)sizeof(A) >= LATE_BYTES;
     parts = late ? min(panels, (int64_t)num_threads) : 1;
-    wave = WAVE_SHARE * num_threads / (slabs.count * plane * (int64_t)sizeof(A));
+    const int64_t image_bytes = slabs.count * plane * (int64_t)sizeof(A);
+    /* Of an empty batch it may be beyond any number. */
+    wave = WAVE_SHARE * num_threads / max((int64_t)1, image_bytes);
     wave = max((int64_t)1, min(batch, wave));
     if (!late) tile = tile_for(num_threads, tile, pixels);
     tiles = ceil_div(pixels, tile);

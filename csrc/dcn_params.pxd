@@ -73,6 +73,8 @@ cdef inline int fill_params(problem, dcn_params *params) except -1:
         params.dilation_h, params.dilation_w, params.groups, params.offset_groups,
         dtype, _, _, _, channels_last,
     ) = problem
+    if params.batch == 0:  # no image has that size: it shall not ask for memory or work, nor overflow
+        params.in_h = params.in_w = params.out_h = params.out_w = 1
     params.dtype = dtype_of(dtype)
     params.layout = DCN_NHWC if channels_last else DCN_NCHW
     return 0

@@ -141,3 +141,26 @@ def test_no_memory_for_a_huge_argument():
             assert "allocate memory" in result["text"], (door, result)
         else:
             assert result.get("error") == "MemoryError", (door, result)
+
+
+EMPTY_BATCH = """
+import sys
+import numpy as np
+import dcnlib
+
+h, w = map(int, sys.argv[1:])
+input, offset = np.zeros((0, 1, h, w), np.float32), np.zeros((0, 2, h, w), np.float32)
+weight, bias = np.ones((1, 1, 1, 1), np.float32), np.ones(1, np.float32)
+output = dcnlib.deform_conv2d(input, offset, weight, bias, backend="cpu")
+assert output.shape == input.shape
+grads = dcnlib.deform_conv2d_backward(output, input, offset, weight, bias, backend="cpu")
+assert grads[0].shape == input.shape and grads[1].shape == offset.shape
+assert grads[2].tolist() == [[[[0]]]] and grads[3].tolist() == [0]
+"""
+
+
+@pytest.mark.parametrize("size", [(1 << 14, 1 << 14), ((1 << 28) - 2, (1 << 31) - 1)], ids=str)
+def test_an_empty_batch_of_any_size(size):
+    """There is no image whose size could ask for memory or work."""
+    done = isolated.python(EMPTY_BATCH, *map(str, size), timeout=30)
+    assert done.returncode == 0, done.stderr

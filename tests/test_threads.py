@@ -28,6 +28,12 @@ ISAS = testing.cpu_isas()
 OPENMP = cpu._core.openmp()  # without it there is one thread, whatever the settings
 THREE, SAME = (3, 3), (1, 1, 1, 1)
 
+#: Images enough to be summed up in series, few of which are in memory at once.
+SERIES = {
+    "series": Geometry(7, 64, 40, 41, 64, THREE, padding=SAME),
+    "series_depthwise": Geometry(9, 128, 53, 41, 128, THREE, padding=SAME, groups=128),
+    "series_groups": Geometry(11, 96, 37, 41, 72, (3, 2), padding=SAME, groups=3),
+}
 #: Enough work for a team of sixteen each, cut in every way that the kernels know.
 LARGE = {
     "dense": Geometry(2, 32, 33, 47, 40, THREE, padding=SAME),
@@ -40,13 +46,7 @@ LARGE = {
     "depthwise": Geometry(4, 96, 69, 71, 96, THREE, padding=SAME, groups=96, bias=False),
     "kernel_7": Geometry(1, 8, 75, 71, 9, (7, 7), padding=(3, 3, 3, 3)),
     "pointwise": Geometry(2, 96, 51, 53, 64, (1, 1)),
-    **(
-        SERIES := {  # images enough to be summed up in series, few of which are in memory at once
-            "series": Geometry(7, 64, 40, 41, 64, THREE, padding=SAME),
-            "series_depthwise": Geometry(9, 128, 53, 41, 128, THREE, padding=SAME, groups=128),
-            "series_groups": Geometry(11, 96, 37, 41, 72, (3, 2), padding=SAME, groups=3),
-        }
-    ),
+    **SERIES,
 }
 LARGE_DTYPES = [(name, dtype) for name in LARGE for dtype in ("float32", "float64")] + [
     ("dense", "float16"),
@@ -81,6 +81,12 @@ def run_with(call, num_threads):
     return dict(zip(OUTPUTS, (output, *grads), strict=True))
 
 
+def images_of(call, rows):
+    """The call with some images of its batch."""
+    arrays = ("input", "offset", "mask", "grad_output")
+    return call._replace(**{name: getattr(call, name)[rows] for name in arrays})
+
+
 def assert_same_bytes(actual, expected, note=""):
     for name, array in expected.items():
         if array is None:
@@ -106,21 +112,10 @@ def test_any_number_of_threads(name, dtype):
 def test_a_batch_is_the_sum_of_its_images(name, dtype):
     """Gradients of weight and bias, to the last bit where the sums are exact."""
     call = testing.lattice(SERIES[name], 5, (1, 1, 1)).astype("float64")
-    images = [
-        call._replace(
-            **{
-                of: getattr(call, of)[n : n + 1]
-                for of in ("input", "offset", "mask", "grad_output")
-            }
-        )
-        for n in range(call.input.shape[0])
-    ]
-    alone = [image.run("cpu") for image in images]
+    alone = [images_of(call, slice(n, n + 1)).run("cpu") for n in range(call.input.shape[0])]
     for num_threads in (1, 5, 16):
         batch = run_with(call.astype(dtype), num_threads)
         for of in ("grad_weight", "grad_bias"):
-            if call.bias is None and of == "grad_bias":
-                continue
             total = sum(grads[of] for grads in alone).astype(dtype)
             assert np.count_nonzero(total) and np.abs(total).max() < np.inf
             np.testing.assert_array_equal(batch[of], total, f"{of}, {num_threads} threads")
@@ -168,15 +163,11 @@ def test_an_image_does_not_mind_its_batch(geometry, dtype, isa):
     call = testing.real(geometry, 3).astype(dtype)
     ours = ("output", "grad_input", "grad_offset", "grad_mask")
 
-    def part(rows):
-        arrays = ("input", "offset", "mask", "grad_output")
-        return call._replace(**{name: getattr(call, name)[rows] for name in arrays})
-
     with dcnlib.cpu_isa(isa):
-        alone = [part(slice(n, n + 1)).run("cpu") for n in range(37)]
+        alone = [images_of(call, slice(n, n + 1)).run("cpu") for n in range(37)]
         for batch in (2, 31, 32, 33, 37):
             rows = np.random.default_rng(batch).permutation(37)[:batch]
-            together = part(rows).run("cpu")
+            together = images_of(call, rows).run("cpu")
             for i, n in enumerate(rows):
                 assert_same_bytes(
                     {name: together[name][i] for name in ours},
@@ -466,20 +457,32 @@ int main(int, char **argv) {
 
 
 @pytest.fixture(scope="module")
-def team(tmp_path_factory):
-    """The team of csrc/cpu/threads.cpp with tasks that tell who ran them; the argument sleeps."""
+def core_program(tmp_path_factory):
+    """Compiles a program with parts of csrc/cpu; where it lies."""
     csrc = Path(__file__).parents[1] / "csrc" / "cpu"
     if shutil.which("c++") is None or not csrc.exists():
         pytest.skip("needs a C++ compiler and the sources")
-    folder = tmp_path_factory.mktemp("team")
-    (folder / "team.cpp").write_text(TEAM)
-    command = ["c++", "-std=c++17", "-fopenmp", "-I", csrc, "team.cpp", csrc / "threads.cpp"]
-    subprocess.run([*command, "-o", "team"], check=True, cwd=folder)
+
+    def compiled(text, *sources_and_options):
+        folder = tmp_path_factory.mktemp("core_program")
+        (folder / "program.cpp").write_text(text)
+        command = ["c++", "-std=c++17", "-w", "-I", csrc, folder / "program.cpp"]
+        command += [csrc / name if name.endswith(".cpp") else name for name in sources_and_options]
+        subprocess.run([*command, "-o", folder / "program"], check=True)
+        return folder / "program"
+
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def team(core_program):
+    """The team of csrc/cpu/threads.cpp with tasks that tell who ran them; the argument sleeps."""
+    program = core_program(TEAM, "threads.cpp", "-fopenmp")
 
     def run(sleeper):
         environment = os.environ | {"OMP_THREAD_LIMIT": "4", "OMP_DYNAMIC": "false"}
         done = subprocess.run(
-            [folder / "team", str(sleeper)], check=True, capture_output=True, env=environment
+            [program, str(sleeper)], check=True, capture_output=True, env=environment
         )
         return json.loads(done.stdout)
 
@@ -505,43 +508,33 @@ PLANS = """
 #define DCN_VECTOR_BYTES 0
 #include "kernels/backward.h"
 
-/* Lines of nine sizes and a number of threads: waves and tasks of the work, for both directions. */
+/* Nine sizes and a number of threads: tasks of the main phase, forward and backward. */
 int main() {
   dcn_params p = {};
   int threads;
-  while (scanf("%ld %ld %ld %ld %ld %ld %ld %ld %ld %d", &p.batch, &p.in_channels, &p.out_channels,
-               &p.in_h, &p.in_w, &p.kernel_h, &p.stride_h, &p.groups, &p.offset_groups,
-               &threads) == 10) {
-    p.kernel_w = p.kernel_h, p.stride_w = p.stride_h, p.dilation_h = p.dilation_w = 1;
-    p.pad_top = p.pad_left = p.kernel_h / 2;
-    p.out_h = (p.in_h - 1) / p.stride_h + 1, p.out_w = (p.in_w - 1) / p.stride_w + 1;
-    dcn_cpu_plan forward = {}, backward = {};
-    plans::forward_plan<float>(p, threads, false, &forward);
-    plans::backward_plan<float>(p, 31, threads, false, &backward);
-    printf("%ld %ld %ld %ld\\n", forward.waves, forward.tasks[1], backward.waves, backward.tasks[1]);
-  }
+  scanf("%ld %ld %ld %ld %ld %ld %ld %ld %ld %d", &p.batch, &p.in_channels, &p.out_channels, &p.in_h,
+        &p.in_w, &p.kernel_h, &p.stride_h, &p.groups, &p.offset_groups, &threads);
+  p.kernel_w = p.kernel_h, p.stride_w = p.stride_h, p.dilation_h = p.dilation_w = 1;
+  p.pad_top = p.pad_left = p.kernel_h / 2;
+  p.out_h = (p.in_h - 1) / p.stride_h + 1, p.out_w = (p.in_w - 1) / p.stride_w + 1;
+  dcn_cpu_plan plan = {};
+  plans::forward_plan<float>(p, threads, false, &plan);
+  printf("%ld ", plan.tasks[1]);
+  plans::backward_plan<float>(p, 31, threads, false, &plan);
+  printf("%ld", plan.tasks[1]);
 }
 """
 
 
 @pytest.fixture(scope="module")
-def plans(tmp_path_factory):
-    """How calls are cut for a number of threads: (waves, tasks) of both directions' main phase."""
-    csrc = Path(__file__).parents[1] / "csrc" / "cpu"
-    if shutil.which("c++") is None or not csrc.exists():
-        pytest.skip("needs a C++ compiler and the sources")
-    folder = tmp_path_factory.mktemp("plans")
-    (folder / "plans.cpp").write_text(PLANS)
-    command = ["c++", "-std=c++17", "-fno-exceptions", "-w", "-I", csrc, "plans.cpp", "-o", "plans"]
-    subprocess.run(command, check=True, cwd=folder)
+def plans(core_program):
+    """Tasks of both directions' main phase for some sizes and a number of threads."""
+    program = core_program(PLANS)
 
-    def run(layers):
-        text = "\n".join(" ".join(map(str, layer)) for layer in layers)
-        done = subprocess.run(
-            [folder / "plans"], input=text, check=True, capture_output=True, text=True
-        )
-        numbers = [[int(n) for n in line.split()] for line in done.stdout.splitlines()]
-        return [((a, b), (c, d)) for a, b, c, d in numbers]
+    def run(*numbers):
+        text = " ".join(map(str, numbers))
+        done = subprocess.run([program], input=text, check=True, capture_output=True, text=True)
+        return [int(tasks) for tasks in done.stdout.split()]
 
     return run
 
@@ -565,6 +558,6 @@ def plans(tmp_path_factory):
 )
 def test_batches_occupy_many_threads(plans, layer, threads):
     """What is in memory at once has tasks for all threads, and about as many for each."""
-    for waves, tasks in plans([(*layer, threads)])[0]:
-        assert tasks >= threads, waves
-        assert tasks / (threads * -(-tasks // threads)) >= 0.75, (waves, tasks)
+    for tasks in plans(*layer, threads):
+        assert tasks >= threads
+        assert tasks / (threads * -(-tasks // threads)) >= 0.75, tasks

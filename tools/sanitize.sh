@@ -18,13 +18,14 @@ git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t 
 cd "$copy"
 
 # A compiler that has the last word: its flags come behind those of setup.py, and nothing is stripped.
+# Python's -fwrapv would make signed overflow legal, and nobody would look for it.
 cat >compiler <<'END'
 #!/bin/bash
 for argument; do
   shift
   [ "$argument" = -Wl,-s ] || set -- "$@" "$argument"
 done
-exec g++ "$@" -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all \
+exec g++ "$@" -O1 -g -fno-omit-frame-pointer -fno-wrapv -fno-sanitize-recover=all \
   -fsanitize=address,undefined,float-cast-overflow -fno-sanitize=vptr
 END
 chmod +x compiler

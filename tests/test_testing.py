@@ -41,7 +41,7 @@ def test_equal_sees_one_bit(dtype, output):
     actual = {k: testing.rounded(v, testing.numpy_dtype(dtype)) for k, v in exact.items()}
     flat = actual[output].reshape(-1)
     bits = flat.view(f"u{flat.itemsize}")
-    bits[7 % len(bits)] ^= 1
+    bits[7 % len(bits)] ^= bits.dtype.type(1)
     with pytest.raises(AssertionError, match=rf"^{output} {dtype}: 1 of \d+ differ, .*; a note$"):
         testing.assert_equal(actual, exact, "a note")
 

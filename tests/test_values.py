@@ -101,10 +101,9 @@ def around(value, dtype):
         return [0.0, 2.0**-12, -(2.0**-12)]
     if dtype.name == "bfloat16":
         # numpy.nextafter does not know it: a step of its own in the bits of the float32.
-        bits = np.array(value, np.float32).view(np.int32)
+        bits = np.array([value], np.float32).view(np.int32)
         step = 1 << 16
-        up, down = ((bits + s).view(np.float32).astype(np.float64) for s in (step, -step))
-        return [float(value), float(up), float(down)]
+        return [float(value), *(float((bits + s).view(np.float32)[0]) for s in (step, -step))]
     value = dtype.type(value)
     neighbours = (np.nextafter(value, dtype.type(limit)) for limit in (-np.inf, np.inf))
     return [float(v) for v in (value, *neighbours)]

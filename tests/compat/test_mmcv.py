@@ -13,9 +13,6 @@ from torch.func import jvp, vmap  # noqa: E402
 import dcnlib  # noqa: E402
 from dcnlib.compat import mmcv  # noqa: E402
 
-# Of torch's own forward mode, when it is used for the first time.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
-
 LAYER = "self in_channels out_channels kernel_size stride=1 padding=0 dilation=1 groups=1 "
 LAYER += "deform_groups=1 "
 POOL = "spatial_scale=1.0 sampling_ratio=0 gamma=0.1"

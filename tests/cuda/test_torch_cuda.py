@@ -44,8 +44,6 @@ from torch_ops.test_transforms import (  # noqa: F401
     test_vmap_of_gradients,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
-
 
 @pytest.fixture(autouse=True)
 def in_the_place_of_the_cpu(emulation, monkeypatch):

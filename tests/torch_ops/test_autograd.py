@@ -18,9 +18,6 @@ from dcnlib import testing  # noqa: E402
 from dcnlib.testing import OUTPUTS, PROBLEMS  # noqa: E402
 from dcnlib.torch_ops import composite, schemas  # noqa: E402
 
-# Of torch's own forward mode, when it is used for the first time.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
-
 # What gradcheck may differ by: documented for float64, offsets at least 0.1 away from any kink.
 CHECK = {"eps": 1e-6, "atol": 1e-7, "rtol": 1e-5, "nondet_tol": 0.0}
 
@@ -244,11 +241,12 @@ def test_hooks():
     leaves = torch_calls.leaves(call)
     saved, seen = [], []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        output = torch_calls.function(call)(*leaves)
+        torch_calls.function(call)(*leaves)
+    assert [t.shape for t in saved] == [call[i].shape for i in (0, 1, 2, 4)]
+    output = torch_calls.function(call)(*leaves)
     output.register_hook(lambda g: 2 * g)
     leaves[1].register_hook(seen.append)
     output.backward(call.grad_output)
-    assert [t.shape for t in saved] == [call[i].shape for i in (0, 1, 2, 4)]
     assert torch.equal(seen[0], 2 * call.backward().offset)
 
 

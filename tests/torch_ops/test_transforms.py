@@ -19,8 +19,6 @@ from dcnlib import nn, testing  # noqa: E402
 from dcnlib.testing import PROBLEMS, Geometry  # noqa: E402
 from dcnlib.torch_ops import autograd  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*is deprecated:DeprecationWarning")
-
 EXAMPLES = 3
 NAMES = torch_calls.TENSORS
 
@@ -256,8 +254,10 @@ def test_compile_other_transforms():
     call = torch_calls.smooth(torch_calls.SMALL["v2"])
     apply = torch_calls.function(call)
 
+    input, others = call.input, tuple(call[2:5])
+
     def by_offset(offset, tangent):
-        return jvp(lambda o: apply(call.input, o, *call[2:5]), (offset,), (tangent,))
+        return jvp(lambda o: apply(input, o, *others), (offset,), (tangent,))
 
     tangent = torch.randn_like(call.offset)
     compiled = torch.compile(by_offset, fullgraph=True, backend="aot_eager")
@@ -272,11 +272,12 @@ def test_compile_other_transforms():
         torch.testing.assert_close(found, expected)
 
     single = call.map(torch.Tensor.float)
+    apply = torch_calls.function(single)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def cast(*tensors):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return torch_calls.function(single)(*tensors)
+            return apply(*tensors)
 
     assert torch.equal(cast(*single[:5]), single.map(torch.Tensor.bfloat16).forward())
 

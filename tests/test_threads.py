@@ -508,7 +508,8 @@ PLANS = """
 #define DCN_VECTOR_BYTES 0
 #include "kernels/backward.h"
 
-/* Nine sizes and a number of threads: tasks of the main phase, forward and backward. */
+/* Nine sizes and a number of threads: tasks of the main phase, forward, backward, and of the last wave of
+ * the forward direction. */
 int main() {
   dcn_params p = {};
   int threads;
@@ -519,16 +520,19 @@ int main() {
   p.out_h = (p.in_h - 1) / p.stride_h + 1, p.out_w = (p.in_w - 1) / p.stride_w + 1;
   dcn_cpu_plan plan = {};
   plans::forward_plan<float>(p, threads, false, &plan);
+  const plans::Forward<float> whole(p, threads, false);
+  const plans::Forward<float> last(p, threads, false, plan.internal >> 17 & 0xffff);
+  const long last_tasks = (p.batch - (plan.waves - 1) * whole.wave) * last.tiles;
   printf("%ld ", plan.tasks[1]);
   plans::backward_plan<float>(p, 31, threads, false, &plan);
-  printf("%ld", plan.tasks[1]);
+  printf("%ld %ld", plan.tasks[1], last_tasks);
 }
 """
 
 
 @pytest.fixture(scope="module")
 def plans(core_program):
-    """Tasks of both directions' main phase for some sizes and a number of threads."""
+    """Tasks of both directions' main phase, and of the last forward wave, for a number of threads."""
     program = core_program(PLANS)
 
     def run(*numbers):
@@ -544,8 +548,10 @@ def plans(core_program):
     "layer",
     [
         (8, 64, 64, 56, 56, 3, 1, 1, 1),
+        (10, 64, 64, 56, 56, 3, 1, 1, 1),
         (8, 128, 128, 56, 56, 3, 1, 1, 1),
         (8, 256, 256, 28, 28, 3, 1, 1, 1),
+        (15, 256, 256, 28, 28, 3, 1, 1, 1),
         (16, 256, 256, 56, 56, 3, 1, 1, 1),
         (32, 512, 512, 14, 14, 3, 1, 1, 1),
         (2, 256, 256, 100, 152, 3, 1, 1, 1),
@@ -558,6 +564,13 @@ def plans(core_program):
 )
 def test_batches_occupy_many_threads(plans, layer, threads):
     """What is in memory at once has tasks for all threads, and about as many for each."""
-    for tasks in plans(*layer, threads):
+    for tasks in plans(*layer, threads)[:2]:
         assert tasks >= threads
         assert tasks / (threads * -(-tasks // threads)) >= 0.75, tasks
+
+
+@pytest.mark.parametrize("threads", [4, 8, 14])
+def test_the_rest_of_a_batch_occupies_many_threads(plans, threads):
+    """Behind the last whole wave there is one image."""
+    _, _, last = plans(threads + 1, 512, 512, 14, 14, 3, 1, 1, 1, threads)
+    assert last >= 0.75 * threads

@@ -59,8 +59,9 @@ namespace DCN_ISA {
 /* Memory of a wave's images, but at least one; and for each thread, where more of them keep more threads
  * busy. */
 constexpr int64_t BACKWARD_WAVE_BYTES = 8 << 20, BUSY_WAVE_BYTES = 16 << 20;
-/* Series: as many small images as one thread's wave may have, at most so many; of large ones so many that
- * there are enough tasks for many threads, and that adding up shares is little beside the work. */
+/* Series: as many as small images of one thread's wave, at most so many; of large images so many that there
+ * are enough tasks for many threads, and that adding up shares is little beside the work; up to twice as
+ * many where the batch is no multiple. */
 constexpr int64_t MOST_SERIES = 16, SERIES_TASKS = 32, SERIES_PIXELS = 1536;
 constexpr int64_t SMALL_IMAGE = 1 << 20; /* bytes of an image's arrays that a cache holds */
 struct TileLimits {
@@ -163,7 +164,7 @@ struct Backward {
     const int64_t image_bytes = values * size;
     series = max(min(MOST_SERIES, BACKWARD_WAVE_BYTES / image_bytes),
                  min(ceil_div(SERIES_TASKS, owners()), p.batch * pixels / SERIES_PIXELS));
-    length = max((int64_t)1, ceil_div(p.batch, max((int64_t)1, series)));
+    length = max((int64_t)1, p.batch / max((int64_t)1, series));
     series = max((int64_t)1, ceil_div(p.batch, length)); /* as long as each other, nearly */
     together = is_small_image && (series >= 2 * num_threads || owners() == 1);
     places = together ? 1 : places_for(num_threads, image_bytes);

@@ -79,7 +79,8 @@ struct Forward {
   int64_t panel_values; /* of a packed panel of weights */
   int64_t most_columns; /* that are multiplied together */
 
-  DCN_SMALL Forward(const dcn_params &params, int num_threads, bool matrix)
+  /* The tile is that of a whole wave, where it is not known yet. */
+  DCN_SMALL Forward(const dcn_params &params, int num_threads, bool matrix, int64_t known_tile = 0)
       : p(params), slabs(params), frame(params) {
     constexpr int64_t L = Vector<A>::lanes;
     small = is_small<A>(p, frame);
@@ -106,9 +107,7 @@ struct Forward {
       result_row = row_pitch<A>(p.groups * padded_out - L); /* nothing spills */
     }
     const int64_t pixels = plane_out(p);
-    tile = TILE_BYTES / (result_row * (int64_t)sizeof(A)) / ROWS * ROWS;
-    tile = max((int64_t)2 * ROWS, min(tile, TILE_COLUMN / (int64_t)sizeof(A)));
-    tile = min(tile, pixels);
+    tile = most_tile();
     const int64_t batch = max(p.batch, (int64_t)1);
     /* What is one tile in float32 is two in float64. */
     late = !is_depthwise(p) && chunk == taps_of(p) &&
@@ -117,26 +116,32 @@ struct Forward {
     parts = late ? min(panels, (int64_t)num_threads) : 1;
     wave = WAVE_SHARE * num_threads / (slabs.count * plane * (int64_t)sizeof(A));
     wave = max((int64_t)1, min(batch, wave));
-    if (!late) tile = tile_for(num_threads, tile, pixels);
+    if (!late) tile = known_tile ? known_tile : tile_for(num_threads, wave);
     tiles = ceil_div(pixels, tile);
     tile_pitch = round_up(tile, L);
     pack_tasks = ceil_div(plane_in(p), PACK_PIXELS) * slabs.count;
   }
 
-  /* The tile, of at most `most` pixels, or whole strips of the matrix unit, with which the busiest thread
-   * ends first. */
-  int64_t tile_for(int64_t num_threads, int64_t most, int64_t pixels) const {
-    const int64_t step = split ? BLOCK : ROWS;
+  int64_t most_tile() const {
+    const int64_t fit = TILE_BYTES / (result_row * (int64_t)sizeof(A)) / ROWS * ROWS;
+    const int64_t most = min(fit, TILE_COLUMN / (int64_t)sizeof(A));
+    return min(max((int64_t)2 * ROWS, most), plane_out(p));
+  }
+  /* The tile, the largest or a smaller one, or whole strips of the matrix unit, with which the busiest
+   * thread is first done with so many images. */
+  int64_t tile_for(int64_t num_threads, int64_t images) const {
+    const int64_t step = split ? BLOCK : ROWS, pixels = plane_out(p);
+    int64_t most = most_tile();
     if (split) most = round_up(most, step); /* still no more than MOST_PIXELS */
     if (num_threads == 1) return most;
     const auto equal = [&](int64_t size) {
       return split ? size : ceil_div(pixels, ceil_div(pixels, size));
     };
     const auto time = [&](int64_t size) {
-      const int64_t whole = wave * (pixels / size), rest = pixels % size;
+      const int64_t whole = images * (pixels / size), rest = pixels % size;
       const int64_t turns = ceil_div(whole, num_threads), idle = turns * num_threads - whole;
       const int64_t fit = (size + TILE_COST) / (rest + TILE_COST); /* of the images' last tiles */
-      const int64_t more = rest ? max((int64_t)0, wave - idle * fit) : 0;
+      const int64_t more = rest ? max((int64_t)0, images - idle * fit) : 0;
       return turns * (size + TILE_COST) + ceil_div(more, num_threads) * (rest + TILE_COST);
     };
     int64_t best = equal(most), least = time(best);
@@ -606,26 +611,31 @@ template <class A>
 DCN_COLD static void forward_plan(const dcn_params &p, int num_threads, bool matrix,
                                   dcn_cpu_plan *plan) {
   const Forward<A> f(p, num_threads, matrix);
-  Arena shared = {nullptr, 0}, scratch = {nullptr, 0};
+  const int64_t rest = p.batch % f.wave; /* images of the last wave, if it has less */
+  const Forward<A> last(p, num_threads, matrix, rest ? f.tile_for(num_threads, rest) : f.tile);
+  Arena shared = {nullptr, 0}, scratch = {nullptr, 0}, last_scratch = {nullptr, 0};
   ForwardShared<A>(f, shared);
   ForwardScratch<A>(f, scratch);
+  ForwardScratch<A>(last, last_scratch);
   plan->waves = ceil_div(p.batch, f.wave);
   plan->phases = 2;
   plan->tasks[0] = f.weight_tasks() + f.wave * f.pack_tasks;
-  plan->tasks[1] = f.wave * f.tiles * f.parts;
+  plan->tasks[1] = max(f.wave * f.tiles, rest * last.tiles) * f.parts;
   plan->shared_bytes = shared.used;
-  plan->scratch_bytes = scratch.used;
+  plan->scratch_bytes = max(scratch.used, last_scratch.used);
   plan->weight_tasks = f.weight_tasks();
   plan->weight_bytes = (size_t)f.weight_values() * sizeof(A);
   plan->weight_form = f.split;
-  plan->internal = num_threads << 1 | matrix;
+  plan->internal = (int64_t)num_threads << 33 | last.tile << 17 | f.tile << 1 | matrix;
 }
 
 template <class A>
 static void forward_run(const dcn_cpu_call &call, int64_t wave, int64_t phase, int64_t task,
                         void *memory) {
   const dcn_params &p = *call.params;
-  const Forward<A> f(p, (int)(call.plan->internal >> 1), call.plan->internal & 1);
+  const int64_t note = call.plan->internal;
+  const int64_t tile = note >> (wave == call.plan->waves - 1 ? 17 : 1) & 0xffff;
+  const Forward<A> f(p, (int)(note >> 33), note & 1, tile);
   Arena shared_arena = {(char *)call.shared, 0}, arena = {(char *)memory, 0};
   const ForwardShared<A> shared(f, shared_arena);
   const A *weight = call.packed ? (const A *)call.packed : f.late ? nullptr : shared.weight;

@@ -47,6 +47,9 @@ CXX_FLAGS = [
 ]  # fmt: skip
 #: Of the kernels: a multiply and an add become one instruction where the machine has it.
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-trapping-math", "-fno-threadsafe-statics", "-Wno-psabi"]
+#: New versions of GCC take some of them apart again where they think that faster: not the same ones in
+#: all variants of a kernel, and bits would depend on which of them runs.
+KEEP_FUSED = "--param=avoid-fma-max-bits=0"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 KERNELS = {
     "scalar": ["-fno-tree-vectorize", "-fno-tree-slp-vectorize"],
@@ -180,6 +183,8 @@ class BuildExt(build_ext):
 
     def kernel_objects(self, flags: list[str]) -> list[str]:
         """Compile csrc/cpu/kernels/<isa>.cpp, every part of it, all at once."""
+        if not self.try_to_link("int main() {}", ["-Werror", KEEP_FUSED]):
+            flags = [*flags, KEEP_FUSED]
         headers = [path for path in cpu_sources() if path.suffix in (".h", ".inc")]
         newest = max(path.stat().st_mtime for path in headers)
 

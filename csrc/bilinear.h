@@ -70,9 +70,9 @@ DCN_MATH Position<A> locate(int64_t y, int64_t x, A offset_y, A offset_x, int64_
   const bool edge = ((y == -1) & (at.ly == 0)) | ((x == -1) & (at.lx == 0));
   const bool top = cell & (y >= 0), bottom = cell & (y < H - 1);
   const bool left = x >= 0, right = x < W - 1;
-  at.bits = (top & left ? TOP_LEFT : 0) | (top & right ? TOP_RIGHT : 0) |
-            (bottom & left ? BOTTOM_LEFT : 0) | (bottom & right ? BOTTOM_RIGHT : 0) |
-            (cell & !edge ? HAS_VALUE : 0);
+  at.bits = ((top & left) ? TOP_LEFT : 0) | ((top & right) ? TOP_RIGHT : 0) |
+            ((bottom & left) ? BOTTOM_LEFT : 0) | ((bottom & right) ? BOTTOM_RIGHT : 0) |
+            ((cell & !edge) ? HAS_VALUE : 0);
   at.pixel = cell ? y * W + x : 0;
   if ((offset_y != offset_y) | (offset_x != offset_x)) at.ly = at.lx = offset_y + offset_x;
   return at;

@@ -171,7 +171,7 @@ DCN_COLD static bool tap_corners(const dcn_params &p, const Frame &frame, int64_
     const A fold = finite ? m : A(1);
     const A top = (1 - ly) * fold, bottom = ly * fold;
     const int64_t at = row + i;
-    corners.at[at] = read & !nan ? frame.at(y, x) * pitch : nowhere;
+    corners.at[at] = (read & !nan) ? frame.at(y, x) * pitch : nowhere;
     const A w[4] = {top * (1 - lx), top * lx, bottom * (1 - lx), bottom * lx};
     for (int q = 0; q < 4; q++)
       corners.weight[q * corners.APART + at] = nan ? bad : value ? w[q] : A(0);

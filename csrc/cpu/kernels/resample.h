@@ -105,7 +105,7 @@ static void place_tile(const dcn_resample_params &p, const void *offset, int64_t
     s.offset_y[i] = s.offset_x[i] = 0;
     s.row[i] = s.column[i] = 0;
   }
-#pragma GCC ivdep
+  DCN_INDEPENDENT
   for (int64_t i = 0; i < computed; i++) { /* vectorised */
     const A oy = s.offset_y[i], ox = s.offset_x[i];
     A ly, lx;
@@ -186,7 +186,7 @@ static void resample_piece(const dcn_resample_params &p, const dcn_resample_tens
     const int64_t count = min(RESAMPLE_TILE, end - first), computed = in_lanes(count);
     place_tile<A, I, BORDER, false>(p, t.offset, plane, first, count, s);
     load_corners<A, I, BORDER>(p, t.input, plane, count, s);
-#pragma GCC ivdep
+    DCN_INDEPENDENT
     for (int64_t i = 0; i < computed; i++) { /* vectorised */
       const A ly = s.fraction_y[i], lx = s.fraction_x[i];
       const A value = (1 - ly) * ((1 - lx) * s.corner[0][i] + lx * s.corner[1][i]) +
@@ -212,7 +212,7 @@ static void differentiate_plane(const dcn_resample_params &p, const dcn_resample
     read_row(t.grad_output, p.dtype, base + first, 1, count, s.grad);
     if (t.grad_offset) {
       load_corners<A, I, BORDER>(p, t.input, plane, count, s);
-#pragma GCC ivdep
+      DCN_INDEPENDENT
       for (int64_t i = 0; i < computed; i++) { /* vectorised */
         const A v00 = s.corner[0][i], v01 = s.corner[1][i];
         const A v10 = s.corner[2][i], v11 = s.corner[3][i];
@@ -227,7 +227,7 @@ static void differentiate_plane(const dcn_resample_params &p, const dcn_resample
       write_row(t.grad_offset, p.dtype, 2 * base + pixels + first, 1, count, s.out_x);
     }
     if (!sum) continue;
-#pragma GCC ivdep
+    DCN_INDEPENDENT
     for (int64_t i = 0; i < computed; i++) { /* vectorised */
       const A ly = s.fraction_y[i], lx = s.fraction_x[i];
       const A top = (1 - ly) * s.grad[i], bottom = ly * s.grad[i];

@@ -53,6 +53,13 @@ constexpr int VARIANTS = DCN_VARIANTS; /* all of them give the same bits */
 #define DCN_UNROLLED _Pragma("GCC unroll 4")
 #endif
 
+/* Iterations of the loop behind it do not meet in memory. */
+#ifdef __clang__
+#define DCN_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define DCN_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 #if DCN_VECTOR_BYTES
 template <class A>
 struct Vector;
@@ -137,7 +144,7 @@ DCN_INLINE typename Vector<A>::V floor_of(typename Vector<A>::V v) {
   const A most = narrow ? A(8388608.0) : A(4503599627370496.0); /* 2^23, 2^52 */
   V whole = __builtin_convertvector(__builtin_convertvector(v, typename Vector<A>::Mask), V);
   whole = whole > v ? whole - 1 : whole;
-  return (v < most) & (v > -most) ? whole : v; /* others are integers, infinite or NaN */
+  return ((v < most) & (v > -most)) ? whole : v; /* others are integers, infinite or NaN */
 #endif
 }
 

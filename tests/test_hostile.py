@@ -156,6 +156,11 @@ assert output.shape == input.shape
 grads = dcnlib.deform_conv2d_backward(output, input, offset, weight, bias, backend="cpu")
 assert grads[0].shape == input.shape and grads[1].shape == offset.shape
 assert grads[2].tolist() == [[[[0]]]] and grads[3].tolist() == [0]
+regions = np.zeros((0, 5), np.float32), None, 7
+output = dcnlib.deform_roi_pool(input, *regions, backend="cpu")
+assert output.shape == (0, 1, 7, 7)
+grads = dcnlib.deform_roi_pool_backward(output, input, *regions, backend="cpu")
+assert grads[0].shape == input.shape
 """
 
 

@@ -59,9 +59,8 @@ namespace DCN_ISA {
 /* Memory of a wave's images, but at least one; and for each thread, where more of them keep more threads
  * busy. */
 constexpr int64_t BACKWARD_WAVE_BYTES = 8 << 20, BUSY_WAVE_BYTES = 16 << 20;
-/* Series: as many as small images of one thread's wave, at most so many; of large images so many that there
- * are enough tasks for many threads, and that adding up shares is little beside the work; up to twice as
- * many where the batch is no multiple. */
+/* Series: of small images as many as fit into one thread's wave, at most so many; of large ones so many that
+ * there are enough tasks for many threads, and that adding up shares is little beside the work. */
 constexpr int64_t MOST_SERIES = 16, SERIES_TASKS = 32, SERIES_PIXELS = 1536;
 constexpr int64_t SMALL_IMAGE = 1 << 20; /* bytes of an image's arrays that a cache holds */
 struct TileLimits {
@@ -162,10 +161,11 @@ struct Backward {
     const bool is_small_image = values * size <= SMALL_IMAGE;
     values += slabs.count * bands * group_out(p) * share_row;
     const int64_t image_bytes = values * size;
+    const int64_t large_enough = (p.batch * pixels + SERIES_PIXELS / 2) / SERIES_PIXELS;
     series = max(min(MOST_SERIES, BACKWARD_WAVE_BYTES / image_bytes),
-                 min(ceil_div(SERIES_TASKS, owners()), p.batch * pixels / SERIES_PIXELS));
-    length = max((int64_t)1, p.batch / max((int64_t)1, series));
-    series = max((int64_t)1, ceil_div(p.batch, length)); /* as long as each other, nearly */
+                 min(ceil_div(SERIES_TASKS, owners()), large_enough));
+    series = max((int64_t)1, min(p.batch, series));
+    length = max((int64_t)1, ceil_div(p.batch, series)); /* others have one image less */
     together = is_small_image && (series >= 2 * num_threads || owners() == 1);
     places = together ? 1 : places_for(num_threads, image_bytes);
     alone =
@@ -178,7 +178,7 @@ struct Backward {
   }
 
   /* How many series are at work so that all are done first. */
-  int64_t places_for(int64_t num_threads, int64_t image_bytes) const {
+  DCN_SMALL int64_t places_for(int64_t num_threads, int64_t image_bytes) const {
     const auto time = [&](int64_t count) {
       const auto of_wave = [&](int64_t images) { return ceil_div(images * owners(), num_threads); };
       return series / count * of_wave(count) + of_wave(series % count);

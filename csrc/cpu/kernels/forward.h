@@ -79,7 +79,7 @@ struct Forward {
   int64_t panel_values; /* of a packed panel of weights */
   int64_t most_columns; /* that are multiplied together */
 
-  /* The tile is that of a whole wave, where it is not known yet. */
+  /* Without a known tile it is chosen for a whole wave. */
   DCN_SMALL Forward(const dcn_params &params, int num_threads, bool matrix, int64_t known_tile = 0)
       : p(params), slabs(params), frame(params) {
     constexpr int64_t L = Vector<A>::lanes;
@@ -128,8 +128,8 @@ struct Forward {
     return min(max((int64_t)2 * ROWS, most), plane_out(p));
   }
   /* The tile, the largest or a smaller one, or whole strips of the matrix unit, with which the busiest
-   * thread is first done with so many images. */
-  int64_t tile_for(int64_t num_threads, int64_t images) const {
+   * thread is done first, of so many images. */
+  DCN_SMALL int64_t tile_for(int64_t num_threads, int64_t images) const {
     const int64_t step = split ? BLOCK : ROWS, pixels = plane_out(p);
     int64_t most = most_tile();
     if (split) most = round_up(most, step); /* still no more than MOST_PIXELS */

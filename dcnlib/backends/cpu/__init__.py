@@ -23,7 +23,7 @@ def _forked_with_openmp() -> bool:
 def _import_core():
     """The compiled part; with the wheel's own libgomp if the system has none.
 
-    The copy has its plain name, so that whoever loads libgomp later, torch for one, gets this one.
+    The copy has its plain name, so that whoever loads libgomp later, torch from 2.8 on, gets this one.
     """
     # "from . import" would call a missing module a circular import
     try:

@@ -19,6 +19,7 @@ ARGS :=
 # Pinned: the version that the tests and the demo's figures are of.
 TORCH := torch==2.13.0
 # The lowest version that is supported, with the lowest NumPy (Python 3.11 and 3.12), and the newest one.
+OLDEST_NUMPY := numpy==1.26.4
 OLDEST_TORCH := 2.6.0
 TORCHES := $(OLDEST_TORCH) 2.15.0
 # Only the digits and the photographs inside are wanted, so they come without their dependencies.
@@ -96,7 +97,7 @@ build/torch-%/made: $(VENV)/made pyproject.toml
 	@$(BIN)/python -m venv $(@D)
 	@$(call requirements,test) > $(@D)/requirements.txt
 	@$(@D)/bin/python -m pip --disable-pip-version-check install --quiet torch==$* matplotlib tqdm \
-		$(and $(filter $(OLDEST_TORCH),$*),numpy==1.26.4) -r $(@D)/requirements.txt
+		$(and $(filter $(OLDEST_TORCH),$*),$(OLDEST_NUMPY)) -r $(@D)/requirements.txt
 	@touch $@
 
 test-onnx: $(VENV)/built $(VENV)/onnx

@@ -143,11 +143,7 @@ class BuildExt(build_ext):
 
     def build_extensions(self) -> None:
         self.openmp = self.find_openmp()
-        # Refused for its own sake, and not for another flag of the environment's.
-        refused = self.try_to_link("int main() {}", ["-Werror", KEEP_FUSED])
-        self.keep_fused = (
-            [] if refused and not self.try_to_link("int main() {}", ["-Werror"]) else [KEEP_FUSED]
-        )
+        self.keep_fused = self.find_keep_fused()
         self.force = self.force or self.settings_changed()
         super().build_extensions()
 
@@ -233,6 +229,13 @@ class BuildExt(build_ext):
             sys.exit(f"dcnlib: DCNLIB_OPENMP=1, but there is no OpenMP: {failure}")
         print(f"dcnlib: WARNING: no OpenMP, the build is single-threaded: {failure}")
         return []
+
+    def find_keep_fused(self) -> list[str]:
+        """KEEP_FUSED where the compiler knows it; if the environment's flags warn, that cannot be seen."""
+        program = "int main() { return 0; }"
+        is_known = not self.try_to_link(program, ["-Werror", KEEP_FUSED])
+        warns_anyway = bool(self.try_to_link(program, ["-Werror"]))
+        return [KEEP_FUSED] if is_known or warns_anyway else []
 
     def try_to_link(self, program: str, flags: list[str]) -> str:
         """The first line of what the compiler says against `program`, "" if nothing."""

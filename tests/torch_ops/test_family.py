@@ -144,12 +144,8 @@ def operator_arguments(call, backend=None):
     )  # fmt: skip
 
 
-def name_of(call):
-    return call.op if isinstance(call, Pool) else "deform_resample2d"
-
-
 def overload(call, backward=False):
-    return getattr(torch.ops.dcnlib, name_of(call) + "_backward" * backward).default
+    return getattr(torch.ops.dcnlib, call.op + "_backward" * backward).default
 
 
 # ---- values
@@ -314,7 +310,7 @@ def test_who_needs_a_gradient(case, monkeypatch):
 def test_output_mask_is_checked(case):
     call = smooth(case)
     given = (call.grad_output, *operator_arguments(call))
-    text = f"{name_of(call)}_backward: output_mask: must tell for .*; expected . values, got"
+    text = f"{call.op}_backward: output_mask: must tell for .*; expected . values, got"
     for changed in (given, [t.to("meta") if isinstance(t, torch.Tensor) else t for t in given]):
         with pytest.raises(ValueError, match=text):
             overload(call, True)(*changed, [True] * 5)
@@ -548,7 +544,7 @@ def test_export(case):
     leaves = tuple(getattr(call, name) for name in names)
     exported = torch.export.export(Module(), leaves, strict=False)
     targets = [str(node.target) for node in exported.graph.nodes]
-    assert f"dcnlib.{name_of(call)}.default" in targets
+    assert f"dcnlib.{call.op}.default" in targets
     assert torch.equal(exported.module()(*leaves), apply(*leaves))
 
 
@@ -559,7 +555,7 @@ def test_dispatch_keys(case):
         keys = ["CPU", "CUDA", "Meta", "Autograd", "FuncTorchBatched"]
         keys += ["AutocastCPU", "AutocastCUDA"] * (not suffix)
         for key in keys:
-            name = f"dcnlib::{name_of(call)}{suffix}"
+            name = f"dcnlib::{call.op}{suffix}"
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key), (name, key)
         assert torch.Tag.pt2_compliant_tag in overload(call, bool(suffix)).tags
 
@@ -619,9 +615,9 @@ def test_other_kinds_of_tensors(case):
         (call.input.to_sparse(), TypeError, "must be a dense tensor"),
         (call.input.to("meta"), ValueError, "must be on the device of input"),
     ):
-        with pytest.raises(error, match=f"{name_of(call)}: .*: {text}"):
+        with pytest.raises(error, match=f"{call.op}: .*: {text}"):
             call._replace(input=tensor).forward()
-    with pytest.raises(TypeError, match=f"{name_of(call)}: offset: arguments must be all"):
+    with pytest.raises(TypeError, match=f"{call.op}: offset: arguments must be all"):
         call._replace(offset=call.offset.numpy()).forward()
 
 
@@ -629,7 +625,7 @@ def test_other_kinds_of_tensors(case):
 def test_backend_by_name(case):
     call = smooth(case)
     assert torch.allclose(call.forward("reference"), call.forward("cpu"), rtol=1e-12, atol=1e-12)
-    with pytest.raises(RuntimeError, match=f"{name_of(call)}: backend: 'cuda' cannot run on cpu"):
+    with pytest.raises(RuntimeError, match=f"{call.op}: backend: 'cuda' cannot run on cpu"):
         call.forward("cuda")
-    with pytest.raises(ValueError, match=f"{name_of(call)}: backend: unknown name"):
+    with pytest.raises(ValueError, match=f"{call.op}: backend: unknown name"):
         call.forward("fast")

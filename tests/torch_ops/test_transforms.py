@@ -253,7 +253,6 @@ def test_compile_other_transforms():
     """Transforms and autocast inside of a graph."""
     call = torch_calls.smooth(torch_calls.SMALL["v2"])
     apply = torch_calls.function(call)
-
     input, others = call.input, tuple(call[2:5])
 
     def by_offset(offset, tangent):
@@ -272,12 +271,12 @@ def test_compile_other_transforms():
         torch.testing.assert_close(found, expected)
 
     single = call.map(torch.Tensor.float)
-    apply = torch_calls.function(single)
+    apply_single = torch_calls.function(single)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def cast(*tensors):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return apply(*tensors)
+            return apply_single(*tensors)
 
     assert torch.equal(cast(*single[:5]), single.map(torch.Tensor.bfloat16).forward())
 

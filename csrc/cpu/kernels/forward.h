@@ -626,6 +626,7 @@ DCN_COLD static void forward_plan(const dcn_params &p, int num_threads, bool mat
   plan->weight_tasks = f.weight_tasks();
   plan->weight_bytes = (size_t)f.weight_values() * sizeof(A);
   plan->weight_form = f.split;
+  /* From the lowest bit on: matrix, 16 bits of a whole wave's tile, 16 of the last one's, threads. */
   plan->internal = (int64_t)num_threads << 33 | last.tile << 17 | f.tile << 1 | matrix;
 }
 

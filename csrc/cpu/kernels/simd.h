@@ -53,7 +53,7 @@ constexpr int VARIANTS = DCN_VARIANTS; /* all of them give the same bits */
 #define DCN_UNROLLED _Pragma("GCC unroll 4")
 #endif
 
-/* Iterations of the loop behind it do not meet in memory, nor in a sum: Clang would change its order. */
+/* Iterations of the loop behind it do not meet in memory. None adds to a sum: Clang would change its order. */
 #ifdef __clang__
 #define DCN_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else

@@ -121,6 +121,19 @@ def test_a_batch_is_the_sum_of_its_images(name, dtype):
             np.testing.assert_array_equal(batch[of], total, f"{of}, {num_threads} threads")
 
 
+@pytest.mark.parametrize("batch", [15, 33, 57, 65, 100])
+def test_series_of_any_length(batch):
+    """Series that differ by an image, in rounds the last of which may have fewer of them."""
+    call = testing.lattice(Geometry(batch, 16, 63, 65, 3, (1, 1)), 6, (1, 1, 1))
+    exact = call.astype("float64")
+    alone = [images_of(exact, slice(n, n + 1)).run("cpu") for n in range(batch)]
+    first = run_with(call, 1)
+    for of in ("grad_weight", "grad_bias"):
+        np.testing.assert_array_equal(first[of], sum(grads[of] for grads in alone))
+    for num_threads in (2, 5, 7, 16):
+        assert_same_bytes(run_with(call, num_threads), first, f"{num_threads} threads")
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     "geometry",

@@ -28,7 +28,7 @@
  *
  * Sums: per output element over (offset group, chunk, block, tap, channel), always in this order.
  * Scratch: (strip * columns + tile * outputs) * sizeof(A), plus the corners of a chunk. With the matrix
- * unit tile * 288 * 6 bytes, some 390 kB, in place of the columns.
+ * unit tile * 288 * 6 bytes, 170 to 390 kB, in place of the columns.
  */
 #ifndef DCN_FORWARD_H
 #define DCN_FORWARD_H
@@ -53,6 +53,9 @@ constexpr int PIECES = 16;              /* blocks that are multiplied together *
 /* Weights that are split once for all tiles, to half as much again. */
 constexpr int64_t SPLIT_WEIGHTS = 1 << 20;
 constexpr int64_t SPLIT_COLUMNS = DEPTH / 2; /* that the matrix unit takes at a time */
+/* Multiply-adds of a tile that keep the matrix unit busy for long enough: a larger tile takes memory alone,
+ * unless all tiles read more weights than the second-level cache holds. */
+constexpr int64_t SPLIT_WORK = 80 * 128 * SPLIT_COLUMNS, CACHED_WEIGHTS = 1 << 20;
 
 template <class A>
 struct Forward {
@@ -124,7 +127,10 @@ struct Forward {
 
   int64_t most_tile() const {
     const int64_t fit = TILE_BYTES / (result_row * (int64_t)sizeof(A)) / ROWS * ROWS;
-    const int64_t most = min(fit, TILE_COLUMN / (int64_t)sizeof(A));
+    int64_t most = min(fit, TILE_COLUMN / (int64_t)sizeof(A));
+    if (split_weights && plane_out(p) > MOST_PIXELS &&
+        weight_values() * (int64_t)sizeof(A) <= CACHED_WEIGHTS)
+      most = min(most, max(2 * BLOCK, SPLIT_WORK / (padded_out * min(depth, SPLIT_COLUMNS))));
     return min(max((int64_t)2 * ROWS, most), plane_out(p));
   }
   /* The tile, the largest or a smaller one, or whole strips of the matrix unit, with which the busiest

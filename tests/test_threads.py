@@ -369,6 +369,49 @@ def test_small_problems_run_alone():
     assert count("dcnlib.set_num_threads(8)", small)[0] == 1
 
 
+TEAMS = """
+import json, os, resource, sys, warnings
+import numpy as np
+import dcnlib
+from dcnlib import testing
+
+def layer(size):
+    return testing.real(testing.Geometry(1, 32, size, size, 32, (3, 3), padding=(1, 1, 1, 1)), 0)
+
+large, small = layer(40), layer(20)
+before = len(os.listdir("/proc/self/task"))
+counts = []
+
+def run(call):
+    output = call.forward("cpu")
+    counts.append(len(os.listdir("/proc/self/task")) - before + 1)
+    return output.tobytes()
+
+dcnlib.set_num_threads(7)
+for call in (large, small, large):
+    run(call)
+dcnlib.set_num_threads(2)
+expected = run(large)
+used = 1024 * int(next(s for s in open("/proc/self/status") if s.startswith("VmSize")).split()[1])
+resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 20), -1))
+dcnlib.set_num_threads(7)
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    same = run(large) == expected
+print(json.dumps([counts, same, [str(w.message) for w in seen]]))
+"""
+
+
+@pytest.mark.skipif(not OPENMP, reason="built without OpenMP")
+def test_a_team_keeps_its_threads():
+    """A small layer ends none, and it is noticed when there is no room to create them again."""
+    done = isolated.python(TEAMS)
+    assert done.returncode == 0, done.stderr
+    counts, same, warned = json.loads(done.stdout)
+    assert counts[:3] == [7, 7, 7] and counts[4] < 7 and same
+    assert warned[0].startswith("dcnlib: 7 threads cannot be created")
+
+
 REGION = """
 #include <omp.h>
 /* Calls back from a region of two threads, and from its second thread if `second`. */
@@ -456,7 +499,7 @@ int main(int, char **argv) {
   char scratch[THREADS * 64];
   const dcn_cpu_call call = {nullptr, nullptr, &plan, 0, scratch, nullptr};
   const dcn_cpu_operator kernel = {"", nullptr, run};
-  dcn_threads_run(&kernel, &call, scratch, THREADS);
+  dcn_threads_run(&kernel, &call, scratch, THREADS, atoi(argv[2]));
   int once = 1, shares = 0;
   for (int wave = 0; wave < WAVES; wave++)
     for (int phase = 0; phase < 4; phase++)
@@ -489,21 +532,22 @@ def core_program(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def team(core_program):
-    """The team of csrc/cpu/threads.cpp with tasks that tell who ran them; the argument sleeps."""
+    """A team of csrc/cpu/threads.cpp with four workers and tasks that tell who ran them."""
     program = core_program(TEAM, "threads.cpp", "-fopenmp")
 
-    def run(sleeper):
-        environment = os.environ | {"OMP_THREAD_LIMIT": "4", "OMP_DYNAMIC": "false"}
-        done = subprocess.run(
-            [program, str(sleeper)], check=True, capture_output=True, env=environment
-        )
+    def run(sleeper, team=4):
+        environment = os.environ | {"OMP_THREAD_LIMIT": "7", "OMP_DYNAMIC": "false"}
+        command = [program, str(sleeper), str(team)]
+        done = subprocess.run(command, check=True, capture_output=True, env=environment)
         return json.loads(done.stdout)
 
     return run
 
 
-def test_every_task_runs_once_behind_the_phase_before(team):
-    once, early, shares = team(-1)
+@pytest.mark.parametrize("members", [4, 7])
+def test_every_task_runs_once_behind_the_phase_before(team, members):
+    """And by the workers alone, however large the team is."""
+    once, early, shares = team(-1, members)
     assert once and not early
     assert shares > 0.6 * 3 * 3 * 40  # a thread meets in each phase what it left in its cache
 

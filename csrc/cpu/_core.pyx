@@ -7,6 +7,7 @@
 import warnings
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from libc.limits cimport INT_MAX
 from libc.stdint cimport int64_t, uintptr_t
 from libc.stdlib cimport free
 from libc.string cimport memset
@@ -22,7 +23,7 @@ cdef extern from "<stdlib.h>" nogil:
 
 cdef enum:
     # Multiply-adds that are worth another thread: some 20 microseconds of one core. Waking a team
-    # costs 5 to 15.
+    # of two costs 5 to 15.
     WORK_OF_A_THREAD = 1 << 20
 
 cdef const dcn_cpu_kernels *kernels = dcn_cpu_usable()[0]
@@ -33,6 +34,16 @@ dcn_threads_init()
 def openmp() -> bool:
     """Whether OpenMP was compiled in."""
     return dcn_threads_openmp() != 0
+
+
+def cores() -> int:
+    """Those that OpenMP sees; 1 without it."""
+    return dcn_threads_cores()
+
+
+def allowed(num_threads: int) -> int:
+    """How many of so many threads a team may have here and now."""
+    return dcn_threads_allowed(num_threads)
 
 
 def stay_alone() -> None:
@@ -273,26 +284,29 @@ cdef int execute(
 ) except -1:
     cdef dcn_cpu_plan plan
     cdef dcn_cpu_call call
-    cdef int threads, allowed
+    cdef int allowed, workers, team = 1
     cdef size_t bytes = 0
     cdef void *memory
 
     with nogil:
         kernel.plan(params, direction, wanted, 1, &plan)
-        threads = <int>min(num_threads, plan.work // WORK_OF_A_THREAD)
-        allowed = dcn_threads_allowed(threads)
-        if allowed > 1:
-            kernel.plan(params, direction, wanted, allowed, &plan)
-        memory = workspace(&plan, allowed, &bytes)
-        if memory == NULL and allowed > 1:  # there may be room for one
-            allowed = 1
+        allowed = dcn_threads_allowed(<int>min(num_threads, INT_MAX))
+        workers = <int>max(1, min(allowed, plan.work // WORK_OF_A_THREAD))
+        if workers > 1:
+            kernel.plan(params, direction, wanted, workers, &plan)
+        memory = workspace(&plan, workers, &bytes)
+        if memory == NULL and workers > 1:  # there may be room for one
+            workers = 1
             kernel.plan(params, direction, wanted, 1, &plan)
             memory = workspace(&plan, 1, &bytes)
         if memory != NULL:
             call.params, call.tensors, call.plan, call.direction = params, tensors, &plan, direction
             call.shared, call.packed = memory, packed if plan.weight_form == form else NULL
-            threads = dcn_threads_possible(allowed)
-            dcn_threads_run(kernel, &call, <char *>memory + scratch_at(&plan, 0), threads)
+            if workers > 1:
+                team = dcn_threads_possible(allowed)
+            dcn_threads_run(
+                kernel, &call, <char *>memory + scratch_at(&plan, 0), min(workers, team), team
+            )
             dcn_workspace_give(memory)
     if memory == NULL:
         op = kernel.name.decode()
@@ -302,9 +316,9 @@ cdef int execute(
             f"{op}: workspace: does not fit into memory; expected room for "
             f"{bytes} bytes; use a smaller batch or image"
         )
-    if threads < allowed:
+    if workers > 1 and team < allowed:
         warnings.warn(
-            f"dcnlib: {allowed} threads cannot be created, {threads} are used; "
+            f"dcnlib: {allowed} threads cannot be created, {team} are used; "
             "raise the limit or call dcnlib.set_num_threads",
             RuntimeWarning,
             stacklevel=2,

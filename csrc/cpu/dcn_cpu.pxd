@@ -50,8 +50,9 @@ cdef extern from "threads.h" nogil:
     int dcn_threads_allowed(int wanted)
     int dcn_threads_possible(int wanted)
     void dcn_threads_run(
-        const dcn_cpu_operator *, const dcn_cpu_call *, void *scratch, int threads)
+        const dcn_cpu_operator *, const dcn_cpu_call *, void *scratch, int workers, int team)
     int dcn_threads_openmp()
+    int dcn_threads_cores()
 
 cdef extern from "workspace.h" nogil:
     enum:

@@ -50,6 +50,7 @@ void dcn_threads_init(void) {
 }
 
 int dcn_threads_openmp(void) { return 1; }
+int dcn_threads_cores(void) { return omp_get_num_procs(); }
 
 namespace {
 
@@ -99,14 +100,15 @@ int dcn_threads_allowed(int wanted) {
 }
 
 int dcn_threads_possible(int wanted) {
-  static thread_local int proven = 1; /* libgomp keeps a pool for each thread that opens teams */
-  if (wanted <= proven) return wanted;
-  const int possible = 1 + can_create(wanted - 1);
-  /* Part of what was possible: the probe's threads are gone, others may take their place. */
-  if (possible < wanted)
-    return proven > possible / 2 ? proven : possible / 2 > 1 ? possible / 2 : 1;
-  proven = wanted;
-  return wanted;
+  /* libgomp keeps a pool for each thread that opens teams: the threads of its last one, no more. */
+  static thread_local int pool = 1;
+  if (wanted > pool) {
+    const int possible = 1 + can_create(wanted - 1);
+    /* Part of what was possible: the probe's threads are gone, others may take their place. */
+    if (possible < wanted)
+      wanted = pool > possible / 2 ? pool : possible / 2 > 1 ? possible / 2 : 1;
+  }
+  return pool = wanted;
 }
 
 namespace {
@@ -118,9 +120,10 @@ struct alignas(64) Taken {
 };
 
 void run_member(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, char *scratch,
-                Taken *taken) {
+                int workers, Taken *taken) {
   const dcn_cpu_plan &plan = *call->plan;
-  const int me = omp_get_thread_num(), members = omp_get_num_threads();
+  const int me = omp_get_thread_num(), team = omp_get_num_threads();
+  if (workers > team) workers = team;
   scratch += me * plan.scratch_bytes;
   int64_t last = plan.phases - 1;
   while (last > 0 && plan.tasks[last] == 0) last--;
@@ -129,9 +132,9 @@ void run_member(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, char *
     for (int64_t phase = 0; phase < plan.phases; phase++) {
       const int64_t tasks = plan.tasks[phase];
       if (tasks == 0) continue;
-      for (int i = 0; i < members; i++) {
-        const int owner = (me + i) % members;
-        const int64_t begin = tasks * owner / members, end = tasks * (owner + 1) / members;
+      for (int i = 0; i < workers && me < workers; i++) {
+        const int owner = (me + i) % workers;
+        const int64_t begin = tasks * owner / workers, end = tasks * (owner + 1) / workers;
         int64_t *next = &taken[owner].tasks[parity];
         for (;;) {
           const int64_t task = begin + __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
@@ -150,22 +153,24 @@ void run_member(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, char *
 } /* namespace */
 
 void dcn_threads_run(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, void *scratch,
-                     int threads) {
-  if (threads <= 1) return run_alone(kernel, call, scratch);
+                     int workers, int team) {
+  if (workers <= 1) return run_alone(kernel, call, scratch);
   Taken taken[MOST] = {};
-#pragma omp parallel num_threads(threads)
-  run_member(kernel, call, (char *)scratch, taken);
+#pragma omp parallel num_threads(team)
+  run_member(kernel, call, (char *)scratch, workers, taken);
 }
 
 #else
 
-void dcn_threads_run(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, void *scratch, int) {
+void dcn_threads_run(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, void *scratch, int,
+                     int) {
   run_alone(kernel, call, scratch);
 }
 
 void dcn_threads_init(void) {}
 void dcn_threads_alone(void) {}
 int dcn_threads_openmp(void) { return 0; }
+int dcn_threads_cores(void) { return 1; }
 int dcn_threads_allowed(int) { return 1; }
 int dcn_threads_possible(int) { return 1; }
 

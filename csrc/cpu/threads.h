@@ -21,20 +21,27 @@ void dcn_threads_alone(void);
  *   OMP_THREAD_LIMIT */
 int dcn_threads_allowed(int wanted);
 
-/* And how many of those can be created: libgomp would end the process, so this tries first, once for
- * each calling thread and size. Call it last, with all memory of the call in hand. */
+/* And how many of those can be created: libgomp would end the process, so this tries first, when a team is
+ * larger than the calling thread's last one. Call it last, with all memory of the call in hand, and open a
+ * team of that size. (If somebody else opened a smaller one since, libgomp has ended threads unseen.) */
 int dcn_threads_possible(int wanted);
 
-/* Runs a call on so many threads; `scratch` has room for plan.scratch_bytes of each.
+/* Runs a call on `workers` threads of a team; `scratch` has room for plan.scratch_bytes of each worker.
+ *
+ * A team is as large as it may be, whatever the call has work for: libgomp ends the threads that a smaller
+ * one has no use for, and would create them anew for the next layer of a network. The others idle.
  *
  * A thread begins with its own share of a phase's tasks, always the same part of the image, and then
  * helps the others: what it packed or summed in one phase is in its own cache in the next, and nobody
  * waits for a thread that has lost its core. */
 void dcn_threads_run(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, void *scratch,
-                     int threads);
+                     int workers, int team);
 
 /* Whether OpenMP was compiled in. */
 int dcn_threads_openmp(void);
+
+/* Cores that OpenMP sees: where it has bound this thread to one (OMP_PROC_BIND), those of before. */
+int dcn_threads_cores(void);
 
 #ifdef __cplusplus
 }

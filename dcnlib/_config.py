@@ -6,11 +6,12 @@ All environment variables of dcnlib are read here, once, at import.
 from __future__ import annotations
 
 import os
+import threading
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 
-from ._problem import integer, value_error
+from ._problem import LARGEST, integer, value_error
 from .backends.cpu import _core
 
 #: Every instruction set that some build has, weakest first.
@@ -79,14 +80,21 @@ def thread_setting(torch_threads: int | None = None) -> tuple[int, str]:
     return usable_cores(), "usable cores"
 
 
+#: What was used before the first ``with cpu_isa(limit):`` block that is open, and the limits of all of
+#: them, which several threads may enter and leave in any order: the last one counts.
+_limits: list[str] = []
+_limits_lock = threading.Lock()
+
+
 class CpuIsa(str):
     """The name of an instruction set; as a context manager it limits the CPU kernels to it."""
 
-    _outer: list[str]
-
     def __enter__(self) -> CpuIsa:
-        self.__dict__.setdefault("_outer", []).append(_core.isa())
-        _core.use(_best(self))
+        with _limits_lock:
+            if not _limits:
+                _limits.append(_core.isa())
+            _limits.append(self)
+            _core.use(_best(self))
         return self
 
     def __exit__(
@@ -95,7 +103,11 @@ class CpuIsa(str):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _core.use(self._outer.pop())
+        with _limits_lock:
+            del _limits[max(i for i, limit in enumerate(_limits) if limit is self)]
+            _core.use(_best(_limits[-1]))
+            if len(_limits) == 1:
+                _limits.clear()
 
 
 def cpu_isa(limit: str | None = None) -> CpuIsa:
@@ -151,29 +163,39 @@ def _best(limit: str) -> str:
 def usable_cores() -> int:
     """Cores that this process may use: its affinity, and no more than its quota of time."""
     try:
-        cores = len(os.sched_getaffinity(0))
+        # The process's, whichever of its threads asks; OpenMP may have bound that one to a core.
+        cores = max(len(os.sched_getaffinity(os.getpid())), _core.cores())
     except AttributeError:  # not on every system
         cores = os.cpu_count() or 1
     quota = _quota()
     return cores if quota is None else max(1, min(cores, int(quota)))
 
 
-def _quota() -> float | None:
-    """The control group's limit in cores, None where there is none (cgroup v2, then v1)."""
-    root = Path("/sys/fs/cgroup")
+def _quota(system: Path = Path("/")) -> float | None:
+    """The least limit in cores of the process's control groups, None where there is none."""
     try:
-        quota, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
-            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    try:
-        cores = int(quota) / int(period)
-    except (ValueError, ZeroDivisionError):  # "max"
-        return None
-    return cores if cores > 0 else None
+        lines = (system / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        lines = []
+    limits = []
+    for line in lines or ["0::/", "1:cpu:/"]:
+        _, controllers, group = line.split(":", 2)
+        if not controllers:  # version 2
+            root, files = system / "sys/fs/cgroup", ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            root, files = system / "sys/fs/cgroup/cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        innermost = root / group.lstrip(
+            "/"
+        )  # in a container it may be the root itself that is there
+        for folder in (innermost, *innermost.parents[: len(innermost.parts) - len(root.parts)]):
+            try:
+                quota, period = " ".join((folder / name).read_text() for name in files).split()
+                limits.append(int(quota) / int(period))
+            except (OSError, ValueError, ZeroDivisionError):  # no such group; "max"
+                continue
+    return min((limit for limit in limits if limit > 0), default=None)
 
 
 def _environment_threads() -> int | None:
@@ -191,7 +213,7 @@ def _environment_threads() -> int | None:
 def _omp_threads() -> int | None:
     """OMP_NUM_THREADS may be a list, a number for each nesting level; OpenMP reports errors."""
     first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return int(first) if first.isdecimal() and int(first) > 0 else None
+    return int(first) if first.isdecimal() and 0 < int(first) <= LARGEST else None
 
 
 _ENVIRONMENT_THREADS = _environment_threads()

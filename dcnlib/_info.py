@@ -18,6 +18,8 @@ from ._version import __version__
 from .backends.cpu import _core
 
 _PACKAGES = ("numpy", "torch", "ml_dtypes")
+#: What decides the number of threads of a process whose parent had imported dcnlib.
+_FORKED = "a fork"
 #: File names of the OpenMP runtimes of GCC, LLVM and Intel, as they appear among mapped libraries.
 _RUNTIME = re.compile(r"/lib(?:gomp|omp|iomp5)(?:-\w+)?\.(?:so[.\d]*|dylib)$")
 
@@ -144,6 +146,13 @@ def _advice(report: dict[str, Any]) -> list[str]:
             "dcnlib was built without OpenMP and runs on one thread; "
             "install a compiler with OpenMP (GCC has it) and dcnlib again"
         )
+    elif threads["decided_by"] == _FORKED:
+        advice.append(
+            "this process was forked from one that had imported dcnlib, and runs on one thread; "
+            'start it in another way, such as multiprocessing\'s "spawn"'
+        )
+    elif threads["decided_by"] == "OMP_THREAD_LIMIT":
+        advice.append(f"OMP_THREAD_LIMIT keeps dcnlib to {threads['used']} threads")
     elif threads["used"] < threads["usable_cores"]:
         advice.append(
             f"{threads['decided_by']} keeps dcnlib to {threads['used']} of "
@@ -185,7 +194,12 @@ def _threads() -> tuple[int, str]:
     if not _core.openmp():
         return 1, "built without OpenMP"
     torch = sys.modules.get("torch")
-    return _config.thread_setting(None if torch is None else torch.get_num_threads())
+    setting, by = _config.thread_setting(None if torch is None else torch.get_num_threads())
+    used = _core.allowed(setting)
+    if used == setting:
+        return setting, by
+    limit = os.environ.get("OMP_THREAD_LIMIT", "").strip()
+    return used, "OMP_THREAD_LIMIT" if limit == str(used) else _FORKED if used == 1 else "dcnlib"
 
 
 def version_of(package: str) -> str | None:

@@ -1,8 +1,9 @@
 """Settings: number of threads, instruction set, the environment variables, and who wins."""
 
+import os
 import re
 import threading
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ def test_nonsense_in_the_environment(text):
     assert text in last
 
 
-@pytest.mark.parametrize("text", ["0", "-3", "x", ",2", "2 4"])
+@pytest.mark.parametrize("text", ["0", "-3", "x", ",2", "2 4", "2147483648", "9223372036854775808"])
 def test_nonsense_for_openmp(text):
     """OMP_NUM_THREADS is the runtime's: what it does not understand counts for nothing."""
     done = isolated.python(ASK, OMP_NUM_THREADS=text, DCNLIB_NUM_THREADS="")
@@ -157,28 +158,49 @@ def test_a_change_of_the_environment_comes_too_late(monkeypatch):
 # ---- cores -------------------------------------------------------------------------------------
 
 
+V1_QUOTA, V1_PERIOD = "cpu/{}cpu.cfs_quota_us", "cpu/{}cpu.cfs_period_us"
+
+
 @pytest.mark.parametrize(
-    ("files", "expected"),
+    ("group", "files", "expected"),
     [
-        ({"cpu.max": "max 100000\n"}, None),
-        ({"cpu.max": "150000 100000\n"}, 1.5),
-        ({"cpu.max": "400000 100000\n"}, 4.0),
-        ({"cpu.max": "50000 100000\n"}, 0.5),
-        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3.0),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
-        ({"cpu.max": "nonsense"}, None),
-        ({"cpu.max": "100000 0\n"}, None),
-        ({}, None),
+        (None, {"cpu.max": "max 100000\n"}, None),
+        (None, {"cpu.max": "150000 100000\n"}, 1.5),
+        (None, {"cpu.max": "400000 100000\n"}, 4.0),
+        (None, {"cpu.max": "50000 100000\n"}, 0.5),
+        (None, {V1_QUOTA.format(""): "300000\n", V1_PERIOD.format(""): "100000\n"}, 3.0),
+        (None, {V1_QUOTA.format(""): "-1\n", V1_PERIOD.format(""): "100000\n"}, None),
+        (None, {"cpu.max": "nonsense"}, None),
+        (None, {"cpu.max": "100000 0\n"}, None),
+        (None, {}, None),
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 1.5),
+        ("0::/a/b\n", {"a/b/cpu.max": "200000 100000\n"}, 2.0),
+        (
+            "0::/a/b\n",
+            {"a/cpu.max": "100000 100000\n", "a/b/cpu.max": "200000 100000\n", "c/cpu.max": "1 1"},
+            1.0,
+        ),
+        ("0::/a/b\n", {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3.0),
+        ("0::/not/seen\n", {"cpu.max": "250000 100000\n"}, 2.5),
+        ("0::/../x\n", {"cpu.max": "250000 100000\n"}, 2.5),
+        (
+            "5:memory:/m\n3:cpu,cpuacct:/d\n0::/\n",
+            {V1_QUOTA.format("d/"): "70000\n", V1_PERIOD.format("d/"): "100000\n"},
+            0.7,
+        ),
     ],
-    ids=["max", "1.5", "4", "half", "v1", "v1_none", "nonsense", "no_period", "no_files"],
-)
-def test_quota_of_the_control_group(monkeypatch, tmp_path, files, expected):
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    ids=[
+        "max", "1.5", "4", "half", "v1", "v1_none", "nonsense", "no_period", "no_files", "root",
+        "nested", "outer_is_less", "outer_alone", "container", "outside", "v1_nested",
+    ],
+)  # fmt: skip
+def test_quota_of_the_control_group(tmp_path, group, files, expected):
+    """Of the process's own group and of those around it."""
+    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    for name, text in (files | ({"proc/self/cgroup": group} if group else {})).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    path = lambda text: tmp_path if text == "/sys/fs/cgroup" else Path(text)  # noqa: E731
-    monkeypatch.setattr(_config, "Path", path)
-    assert _config._quota() == expected
+    assert _config._quota(tmp_path) == expected
 
 
 @pytest.mark.parametrize(
@@ -189,8 +211,32 @@ def test_quota_of_the_control_group(monkeypatch, tmp_path, files, expected):
 def test_usable_cores(monkeypatch, cores, quota, expected):
     """The affinity, no more than whole cores of the quota, at least one."""
     monkeypatch.setattr(_config.os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(_config._core, "cores", lambda: 1)
     monkeypatch.setattr(_config, "_quota", lambda: quota)
     assert _config.usable_cores.__wrapped__() == expected
+
+
+@pytest.mark.skipif(not _config._core.openmp(), reason="built without OpenMP")
+def test_a_bound_thread_is_not_all_there_is():
+    """OpenMP binds the thread that loads it, dcnlib's import or torch's, to one core."""
+    ask = "from dcnlib._config import usable_cores; print(usable_cores())"
+    usual, bound = (isolated.python(ask, OMP_PROC_BIND=bind) for bind in ("false", "true"))
+    assert usual.stdout == bound.stdout != "", bound.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux has affinities")
+def test_a_pinned_thread_speaks_for_nobody_else():
+    ask = """
+import os, threading
+from dcnlib import _config
+ask = lambda: (os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}), _config.usable_cores())
+thread = threading.Thread(target=ask)
+thread.start()
+thread.join()
+print(_config.usable_cores() == min(len(os.sched_getaffinity(0)), _config._quota() or 1e9) // 1)
+"""
+    done = isolated.python(ask)
+    assert done.stdout == "True\n", done.stderr
 
 
 # ---- instruction sets --------------------------------------------------------------------------
@@ -230,6 +276,19 @@ def test_limits_nest():
         assert dcnlib.cpu_isa() == "baseline"
     with pytest.raises(ZeroDivisionError), least:
         1 / 0  # noqa: B018
+    assert dcnlib.cpu_isa() == before
+
+
+def test_limits_of_several_threads():
+    """Blocks that overlap: the last one that is open counts, and nothing stays behind."""
+    before = dcnlib.cpu_isa()
+    first, second = dcnlib.cpu_isa(ISAS[0]), dcnlib.cpu_isa("baseline")
+    with ThreadPoolExecutor(1) as pool:
+        first.__enter__()
+        pool.submit(second.__enter__).result()
+        first.__exit__(None, None, None)
+        assert dcnlib.cpu_isa() == "baseline"
+        pool.submit(second.__exit__, None, None, None).result()
     assert dcnlib.cpu_isa() == before
 
 

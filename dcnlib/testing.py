@@ -18,6 +18,7 @@ Examples
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import lcm
 from typing import Any, NamedTuple
 
@@ -348,28 +349,17 @@ def errors(actual, expected, dtype: str) -> tuple[float, float]:
 
 def assert_close(actual: dict, expected: dict, dtype: str, note: object = "") -> None:
     """All of `actual` (as `Call.run` gives it) within `TOLERANCES` of the exact `expected`."""
-    assert actual.keys() == expected.keys()
-    for name, exact in expected.items():
-        if exact is None:
-            assert actual[name] is None, f"{name} should be None; {note}"
-            continue
-        assert actual[name] is not None, f"{name} is None; {note}"
-        assert actual[name].shape == exact.shape, f"{name}: shape; {note}"
+    for name, exact in _pairs(actual, expected, note):
         largest, rms = errors(actual[name], exact, dtype)
         limit = TOLERANCES[dtype][name]
-        assert largest <= limit, f"{name} {dtype}: {largest:.3g} u > {limit} u; {note}"
-        assert rms <= limit / 2, f"{name} {dtype}: rms {rms:.3g} u > {limit / 2} u; {note}"
+        _require(largest <= limit, f"{name} {dtype}: {largest:.3g} u > {limit} u; {note}")
+        _require(rms <= limit / 2, f"{name} {dtype}: rms {rms:.3g} u > {limit / 2} u; {note}")
 
 
 def assert_equal(actual: dict, expected: dict, note: object = "") -> None:
     """All of `actual` equal `expected`, rounded to its dtype; a NaN equals a NaN, -0 equals 0."""
-    assert actual.keys() == expected.keys()
-    for name, exact in expected.items():
-        if exact is None:
-            assert actual[name] is None, f"{name} should be None; {note}"
-            continue
+    for name, exact in _pairs(actual, expected, note):
         got = to_numpy(actual[name])
-        assert got.shape == exact.shape, f"{name}: shape {got.shape}, not {exact.shape}; {note}"
         want = exact if got.dtype == exact.dtype else rounded(exact, got.dtype)
         wrong = ~((got == want) | ((got != got) & (want != want)))
         if wrong.any():
@@ -442,3 +432,22 @@ def _lattice_offset(geometry: Geometry, rng: np.random.Generator) -> np.ndarray:
     unit = np.maximum(np.frexp(offset)[1] - 8, -3)
     offset = np.ldexp(np.rint(np.ldexp(offset, -unit)), unit)
     return offset.reshape(_shapes(g)["offset"])
+
+
+def _pairs(actual: dict, expected: dict, note: object) -> Iterator[tuple[str, np.ndarray]]:
+    """The names and the exact arrays of those that are not None; shapes are the same."""
+    _require(actual.keys() == expected.keys(), f"{[*actual]}, not {[*expected]}; {note}")
+    for name, exact in expected.items():
+        if exact is None:
+            _require(actual[name] is None, f"{name} should be None; {note}")
+            continue
+        _require(actual[name] is not None, f"{name} is None; {note}")
+        shape = tuple(actual[name].shape)
+        _require(shape == exact.shape, f"{name}: shape {shape}, not {exact.shape}; {note}")
+        yield name, exact
+
+
+def _require(condition: object, text: str) -> None:
+    """An assert that ``python -O`` leaves in."""
+    if not condition:
+        raise AssertionError(text)

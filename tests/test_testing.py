@@ -1,8 +1,12 @@
 """`dcnlib.testing` itself: assertions that fail when they should, data that is what it says."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
+import isolated
 from dcnlib import testing
 from dcnlib.testing import OUTPUTS, PROBLEMS, TOLERANCES, UNIT_ROUNDOFF, Geometry
 
@@ -63,6 +67,20 @@ def test_differences_are_seen(check, actual, expected):
     arguments = () if check is testing.assert_equal else ("float64",)
     with pytest.raises(AssertionError):
         check({"output": actual}, {"output": expected}, *arguments)
+
+
+@pytest.mark.parametrize("check", ["assert_equal(a, b)", "assert_close(a, b, 'float32')"])
+def test_differences_are_seen_without_asserts(check):
+    code = f"""
+from dcnlib.testing import *
+import numpy as np
+a, b = {{"output": np.ones(2)}}, {{"output": np.zeros(2)}}
+try: {check}
+except AssertionError: print("seen")
+"""
+    command = [sys.executable, "-O", "-c", code]
+    done = subprocess.run(command, env=isolated.environment(), capture_output=True, text=True)
+    assert done.stdout == "seen\n", done.stderr
 
 
 def test_missing_outputs_are_seen():

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .._arrays import is_torch, memory, spec
+from .._arrays import is_torch, memory, plain, spec
 from .._problem import (
     cached_problem,
     four_sides,
@@ -89,7 +89,7 @@ class Weight:
     """A convolution's weight and bias, packed once for each number of offset groups."""
 
     def __init__(self, tensors: Tensors, prefix: str = "") -> None:
-        self.weight = tensors[f"{prefix}weight"]
+        self.weight = plain(tensors[f"{prefix}weight"])
         layout = "(out_channels, in_channels/groups, kernel_h, kernel_w)"
         ranked("edge.load", f"{prefix}weight", self.weight.shape, 4, layout)
         self.bias = tensors.get(f"{prefix}bias")
@@ -142,6 +142,12 @@ def arrays(op: str, given: dict[str, Any], optional: tuple[str, ...] = ()) -> li
 def wide(array: np.ndarray) -> np.ndarray:
     """`array` as NumPy should compute with it."""
     return array.astype(np.float32) if array.dtype.itemsize == 2 else array
+
+
+def fits(op: str, name: str, shape: tuple[int, ...], axis: int, size: int) -> None:
+    """NumPy would repeat a size of 1."""
+    if len(shape) < -axis or shape[axis] != size:
+        raise value_error(op, name, f"axis {axis} has another size", size, f"shape {shape}")
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -285,15 +291,22 @@ class DeformRoIPool(Layer):
         )
 
 
-def _hidden(tensors: Tensors, name: str, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Weights and biases of the linear layers of a predictor, every other one of a Sequential."""
-    return [
-        (wide(tensors[f"{name}.{2 * i}.weight"]), wide(tensors[f"{name}.{2 * i}.bias"]))
-        for i in range(count)
-    ]
+def _linear(tensors: Tensors, prefix: str = "") -> tuple[np.ndarray, np.ndarray | None]:
+    """Weight and bias of a linear layer."""
+    weight, bias = tensors[f"{prefix}weight"], tensors.get(f"{prefix}bias")
+    ranked("edge.load", f"{prefix}weight", weight.shape, 2, "(out_features, in_features)")
+    if bias is None:
+        return wide(weight), None
+    fits("edge.load", f"{prefix}bias", bias.shape, -1, len(weight))
+    return wide(weight), wide(bias)
 
 
-def _perceptron(x: np.ndarray, layers: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def _hidden(tensors: Tensors, name: str, count: int) -> list[tuple[np.ndarray, Any]]:
+    """The linear layers of a predictor, every other one of a Sequential."""
+    return [_linear(tensors, f"{name}.{2 * i}.") for i in range(count)]
+
+
+def _perceptron(x: np.ndarray, layers: list[tuple[np.ndarray, Any]]) -> np.ndarray:
     for number, (weight, bias) in enumerate(layers):
         x = x @ weight.T + bias
         if number + 1 < len(layers):
@@ -410,6 +423,8 @@ class BatchNorm2d(Layer):
 
     def __init__(self, tensors: Tensors, **settings: Any) -> None:
         super().__init__(tensors, **settings)
+        for name, tensor in tensors.items():
+            fits("edge.load", name, tensor.shape, -1, tensors["running_mean"].size)
         mean, variance = (tensors[n].astype(np.float64) for n in ("running_mean", "running_var"))
         scale = 1 / np.sqrt(variance + self.eps)
         if "weight" in tensors:
@@ -421,6 +436,7 @@ class BatchNorm2d(Layer):
         self.scale, self.shift = (a.astype(dtype)[:, None, None] for a in (scale, shift))
 
     def __call__(self, input: np.ndarray) -> np.ndarray:
+        fits("batch_norm", "input", input.shape, -3, len(self.scale))
         output = wide(input) * self.scale
         output += self.shift
         return output.astype(input.dtype, copy=False)
@@ -470,6 +486,12 @@ class MaxPool2d(Layer):
         self.border = pair("edge", "padding", self.padding, 0)
 
     def __call__(self, input: np.ndarray) -> np.ndarray:
+        for axis, kernel, side in zip((-2, -1), self.kernel, self.border, strict=True):
+            if input.shape[axis] + 2 * side < kernel:
+                raise value_error(
+                    "max_pool2d", "input", "must be at least as large as the kernel",
+                    f"{self.kernel} or more, padded", f"shape {input.shape}",
+                )  # fmt: skip
         if any(self.border):
             around = [(0, 0)] * (input.ndim - 2) + [(side, side) for side in self.border]
             input = np.pad(input, around, constant_values=-np.inf)
@@ -514,10 +536,11 @@ class Linear(Layer):
 
     def __init__(self, tensors: Tensors, **settings: Any) -> None:
         super().__init__(tensors, **settings)
-        self.weight = np.ascontiguousarray(wide(tensors["weight"]).T)
-        self.bias = wide(tensors["bias"]) if "bias" in tensors else None
+        weight, self.bias = _linear(tensors)
+        self.weight = np.ascontiguousarray(weight.T)
 
     def __call__(self, input: np.ndarray) -> np.ndarray:
+        fits("linear", "input", input.shape, -1, len(self.weight))
         output = wide(input) @ self.weight
         if self.bias is not None:
             output += self.bias

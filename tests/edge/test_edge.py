@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,6 +197,49 @@ def test_inputs_are_checked(path):
 
 
 @pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.BatchNorm2d(8), (1, 1, 5, 5)),
+        (lambda: nn.BatchNorm2d(1), (1, 8, 5, 5)),
+        (lambda: nn.MaxPool2d(4, 1), (1, 1, 3, 3)),
+        (lambda: nn.MaxPool2d(3, 2), (1, 1, 4, 2)),
+        (lambda: nn.Linear(3, 2), (4, 1)),
+    ],
+    ids=["channels_1", "norm_1", "pool", "pool_width", "linear"],
+)
+def test_what_torch_refuses(make, shape, path):
+    """NumPy would repeat sizes of 1, or compute nothing."""
+    edge.save(make().eval(), path)
+    with pytest.raises(RuntimeError):
+        make().eval()(torch.ones(shape))
+    with pytest.raises(
+        ValueError, match=r"^[a-z_0-9]+: input: [^;]+; expected [^;]+, got shape \("
+    ):
+        edge.load(path)(np.ones(shape, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: nn.Linear(3, 2), "bias"),
+        (lambda: nn.BatchNorm2d(5), "weight"),
+        (lambda: nn.BatchNorm2d(5), "running_mean"),
+    ],
+    ids=["bias", "scale", "mean"],
+)
+def test_tensors_of_one_value(make, name, path):
+    """NumPy would repeat them."""
+    from safetensors.numpy import load_file, save_file
+
+    edge.save(make().eval(), path)
+    with safetensors.safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+    save_file(load_file(path) | {name: np.ones(1, np.float32)}, path, metadata)
+    with pytest.raises(ValueError, match=r"edge\.load: \w+: axis -1 has another size"):
+        edge.load(path)
+
+
+@pytest.mark.parametrize(
     ("damage", "text"),
     [
         (lambda data, network: (data, None), "must be a file of edge.save"),
@@ -225,6 +269,18 @@ def test_damaged_files(damage, text, path):
     save_file(tensors, path, metadata)
     with pytest.raises(ValueError, match=text):
         edge.load(path)
+
+
+def test_initializers_in_another_byte_order():
+    node = SimpleNamespace(op_type="DeformConv", input=["x", "w", "o", "b"], attribute=[])
+    rng = np.random.default_rng(0)
+    x, offset, w, b = (
+        rng.standard_normal(shape).astype(np.float32)
+        for shape in ((1, 3, 8, 8), (1, 18, 6, 6), (4, 3, 3, 3), 4)
+    )
+    swapped = {name: a.astype(a.dtype.newbyteorder()) for name, a in (("w", w), ("b", b))}
+    same = edge.from_onnx_node(node, swapped)(x, offset)
+    np.testing.assert_array_equal(same, edge.from_onnx_node(node, {"w": w, "b": b})(x, offset))
 
 
 def test_no_file_at_all(path):

@@ -77,7 +77,7 @@ static void gemm_registers(int64_t depth, const A *a, int64_t lda, const A *b, i
 template <class A, int N>
 static void gemm_rows(int64_t rows, int64_t depth, const A *a, int64_t lda, const A *b, int64_t ldb,
                       A *c, int64_t ldc, bool accumulate) {
-  if (VARIANTS == ONE_VARIANT || (VARIANTS == SOME_VARIANTS && rows < ROWS / 2)) {
+  if (VARIANTS == ONE_VARIANT || (VARIANTS == SOME_VARIANTS && (N == 1 || rows < ROWS / 2))) {
     for (; rows >= ROWS; rows -= ROWS, a += ROWS * lda, c += ROWS * ldc)
       gemm_registers<A, ROWS, N>(depth, a, lda, b, ldb, c, ldc, accumulate);
     for (; rows >= 3; rows -= 3, a += 3 * lda, c += 3 * ldc)
@@ -95,7 +95,7 @@ static void gemm_rows(int64_t rows, int64_t depth, const A *a, int64_t lda, cons
     A *to = c + first * ldc;
 #define DCN_CASE(M)                                                           \
   case M:                                                                     \
-    if constexpr (VARIANTS == ALL_VARIANTS || M >= ROWS / 2)                  \
+    if constexpr (VARIANTS == ALL_VARIANTS || (N == 2 && M >= ROWS / 2))      \
       gemm_registers<A, M, N>(depth, from, lda, b, ldb, to, ldc, accumulate); \
     break;
     switch (count) {

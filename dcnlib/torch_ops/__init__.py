@@ -28,9 +28,9 @@ if schemas.DEFINED_HERE:
         part.register()
 
 deform_roi_pool, deform_psroi_pool, deform_resample2d = RoIPool(), PSRoIPool(), Resample()
-for operator in (deform_roi_pool, deform_psroi_pool, deform_resample2d):
-    if operator.defined_here:
-        operator.register()
+for each in (deform_roi_pool, deform_psroi_pool, deform_resample2d):
+    if each.defined_here:
+        each.register()
 
 __all__ = [
     "check_dense",

@@ -211,7 +211,13 @@ def _backward(
     )  # fmt: skip
 
 
-class _Forward(_SingleLevelFunction):
+class Record(_SingleLevelFunction):
+    """A step that autograd records, at one level of ``torch.func`` alone."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+class _Forward(Record):
     """The forward operator with its gradients."""
 
     @staticmethod
@@ -238,7 +244,7 @@ class _Forward(_SingleLevelFunction):
         return None, None, *grads, None, None
 
 
-class _Backward(_SingleLevelFunction):
+class _Backward(Record):
     """The backward operator with its gradients: those of `composite.backward`."""
 
     @staticmethod
@@ -306,7 +312,7 @@ def _as_typed(tensor: Tensor) -> AbstractContextManager:
     return torch.autocast(device, enabled=False)
 
 
-def _record(function: type[_SingleLevelFunction], *arguments: Any):
+def _record(function: type[Record], *arguments: Any):
     """Call and record; under ``torch.func`` at its present level only, as torch's operators do."""
     if not _are_functorch_transforms_active():
         return function.apply(*arguments)

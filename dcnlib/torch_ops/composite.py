@@ -86,7 +86,10 @@ def backward(
         return dy.sum((0, 3))
 
     def grad_mask():
-        return _over_channels(upstream * s, samples.has_value)
+        # As in _spread: 0 at exactly -1, but not its derivative.
+        products = upstream * s
+        some = samples.has_slope & products.sum(2, keepdim=True).isfinite()
+        return _over_channels(products, samples.has_value | some)
 
     formulas = (
         (grad_input, problem.unbatch(problem.input_shape)),
@@ -165,8 +168,9 @@ def _spread(problem: DeformConv2dProblem, samples: _Samples, grad_sample: Tensor
     height, width = problem.in_h + 2, problem.in_w + 2
     padded = grad_sample.new_zeros(n, g, channels, height * width)
     for place, weight in samples.corners:
-        # A NaN times 0 must not get into the image.
-        grad = torch.where(samples.inside, grad_sample * weight, 0)
+        # At exactly -1 a share is 0, but its derivative is not; and 0 times infinity is no number.
+        grad = grad_sample * weight
+        grad = torch.where(samples.inside | (samples.has_slope & grad.isfinite()), grad, 0)
         padded = padded.scatter_add(3, _index(place, channels), grad.flatten(3))
     return padded.reshape(n, problem.in_channels, height, width)[:, :, 1:-1, 1:-1]
 

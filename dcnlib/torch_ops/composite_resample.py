@@ -36,7 +36,9 @@ def forward(problem: DeformResample2dProblem, input: Tensor, offset: Tensor) -> 
     v00, v01, v10, v11 = _corners(problem, x, y_axis, x_axis)
     ly, lx = y_axis.fraction, x_axis.fraction
     value = (1 - ly) * ((1 - lx) * v00 + lx * v01) + ly * ((1 - lx) * v10 + lx * v11)
-    value = torch.where(y_axis.inside & x_axis.inside, value, 0) + nan
+    # At exactly -1 it is 0, but its derivative is not; and 0 times infinity is no number.
+    in_cells = y_axis.in_cell & x_axis.in_cell & value.isfinite()
+    value = torch.where((y_axis.inside & x_axis.inside) | in_cells, value, 0) + nan
     return value.reshape(input.shape).to(input.dtype)
 
 
@@ -54,7 +56,8 @@ def backward(
     ly, lx = y_axis.fraction, x_axis.fraction
 
     def grad_input():
-        here = y_axis.inside & x_axis.inside & (nan == 0)
+        inside = y_axis.inside & x_axis.inside & (nan == 0)
+        in_cells = y_axis.in_cell & x_axis.in_cell & (nan == 0)
         flat = x.new_zeros((*x.shape[:2], problem.in_h * problem.in_w))
         for row, has_row, weight_y in (
             (y_axis.low, y_axis.has_low, 1 - ly),
@@ -64,7 +67,9 @@ def backward(
                 (x_axis.low, x_axis.has_low, 1 - lx),
                 (x_axis.high, x_axis.has_high, lx),
             ):
-                share = torch.where(here & has_row & has_column, weight_y * weight_x * dy, 0)
+                share = weight_y * weight_x * dy
+                here = inside | (in_cells & share.isfinite())
+                share = torch.where(here & has_row & has_column, share, 0)
                 place = (row * problem.in_w + column).flatten(2)
                 flat = flat.scatter_add(2, place, share.flatten(2))
         return flat.reshape(input.shape).to(input.dtype)

@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import _SingleLevelFunction
 
 from .. import _config
 from .._dispatch import check_name, choose
@@ -428,7 +427,7 @@ class Operator:
         return examples
 
 
-class _Forward(_SingleLevelFunction):
+class _Forward(autograd.Record):
     """An operator with its gradients."""
 
     @staticmethod
@@ -455,7 +454,7 @@ class _Forward(_SingleLevelFunction):
         )
 
 
-class _Backward(_SingleLevelFunction):
+class _Backward(autograd.Record):
     """A backward operator with its gradients: those of the composite."""
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+from contextlib import nullcontext
 
 import pytest
 
@@ -10,6 +11,7 @@ torch = pytest.importorskip("torch")
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 from torch.autograd.functional import hessian as autograd_hessian  # noqa: E402
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp  # noqa: E402
+from torch.overrides import BaseTorchFunctionMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import dcnlib  # noqa: E402
@@ -225,6 +227,38 @@ def test_bias_may_be_modified():
     assert torch.equal(leaves[0].grad, call.backward().input)
 
 
+@pytest.mark.parametrize("operator", ["deform_conv2d", "deform_resample2d"])
+@pytest.mark.parametrize("dispatched", [False, True])
+def test_compiled_autograd(operator, dispatched):
+    """torch compiles the backward pass of an eager call, and its derivative's."""
+    from torch._dynamo import compiled_autograd
+
+    call = case("v2")
+    leaves = torch_calls.leaves(call)
+    if operator == "deform_conv2d":
+        apply = torch_calls.function(call)
+    else:
+        leaves = [torch.randn(2, 3, 5, 6).double(), torch.rand(2, 6, 5, 6).double()]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        apply = dcnlib.deform_resample2d
+    mode = BaseTorchFunctionMode() if dispatched else nullcontext()
+
+    def gradients(context):
+        with mode:
+            output = apply(*leaves)
+        with context:
+            output.square().sum().backward()
+        found = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return found
+
+    expected = gradients(nullcontext())
+    compiler = torch.compile(backend="eager")
+    for found, exact in zip(gradients(compiled_autograd._enable(compiler)), expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+
+
 def test_backward_twice():
     call = torch_calls.smooth(torch_calls.SMALL["v2"])
     leaves = torch_calls.leaves(call)
@@ -327,18 +361,23 @@ def test_composite_with_special_values(tensor, value):
             )
 
 
-def test_derivative_at_kinks_in_every_mode():
+@pytest.mark.parametrize("operator", ["deform_conv2d", "deform_resample2d"])
+def test_derivative_at_kinks_in_every_mode(operator):
     """Right-hand at integers, exactly at -1 too, 0 where nothing is read; NaN for a NaN offset."""
     image = torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0]).double()[None, None, None]
     positions = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0, 4.0, 5.0, 6.0, 1e30, float("inf")])
+    expected = torch.tensor([0.0, 3.0, -2.0, 3.0, 4.0, -5.0, 0.0, 0.0, 0.0, 0.0]).double()
+    if operator == "deform_resample2d":  # as many positions as pixels
+        image = torch.nn.functional.pad(image, (0, 5))
     offset = torch.zeros(1, 2, 1, len(positions)).double()
     offset[0, 1, 0] = positions - torch.arange(len(positions))
     weight = torch.ones(1, 1, 1, 1).double()
 
     def output(offset):
+        if operator == "deform_resample2d":
+            return dcnlib.deform_resample2d(image, offset, boundary="zeros")
         return dcnlib.deform_conv2d(image, offset, weight, padding=(0, 0, 0, 5))
 
-    expected = torch.tensor([0.0, 3.0, -2.0, 3.0, 4.0, -5.0, 0.0, 0.0, 0.0, 0.0]).double()
     leaf = offset.clone().requires_grad_()
     output(leaf).sum().backward()
     tangent = torch.zeros_like(offset)
@@ -351,6 +390,36 @@ def test_derivative_at_kinks_in_every_mode():
     primal, forward = jvp(output, (offset,), (tangent,))
     assert primal[0, 0, 0].isnan().nonzero().flatten().tolist() == [3]
     assert forward[0, 0, 0].isnan().nonzero().flatten().tolist() == [3]
+
+
+def test_second_derivatives_at_kinks():
+    """Of offsets of zero, as an untrained layer has, some at exactly -1: right-hand in either order."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, direction = (
+        torch.randn(1, 2, 3, 3, generator=generator).double().reshape(shape)
+        for shape in ((1, 2, 3, 3), (1, 2, 3, 3), (1, 2, 3, 3))
+    )
+    offset, mask = torch.zeros(1, 18, 3, 3).double(), torch.rand(1, 9, 3, 3).double() + 0.5
+
+    def loss(x, offset, mask):
+        return dcnlib.deform_conv2d(x, offset, w, padding=1, mask=mask).sum()
+
+    blocks = hessian(loss, (0, 1, 2))(x, offset, mask)
+    for i, j in ((0, 1), (1, 2)):
+        size = (x, offset, mask)[i].numel()
+        one, other = blocks[i][j].reshape(size, -1), blocks[j][i].reshape(-1, size).T
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+    def slope(offset):  # of the input, in a direction
+        return (grad(loss)(x, offset, mask) * direction).sum()
+
+    step = 1e-6
+    expected = torch.stack(
+        [(slope(offset + step * e.reshape(offset.shape)) - slope(offset)) / step for e in torch.eye(162)]
+    )
+    found = grad(slope)(offset).flatten()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert found.count_nonzero() > 100
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -40,7 +40,8 @@ def offset_param_groups(
     mult : float
         The predictors' learning rate over `base_lr`.
     predictors : iterable of str
-        Names of modules, anywhere in the model, all of whose parameters count as predictors'.
+        Names of modules, anywhere in the model, all of whose parameters count as predictors'. A module
+        in several places has several names.
 
     Returns
     -------
@@ -78,13 +79,17 @@ def offset_param_groups(
     names, groups = frozenset(predictors), ([], [])
     if not all(isinstance(name, str) for name in names):
         raise type_error(_OP, "predictors", "must be names", "a list of str", predictors)
-    for name, parameter in model.named_parameters():
-        groups[not names.isdisjoint(name.split(".")[:-1])].append(parameter)
+    predicting = {
+        parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if not names.isdisjoint(name.split(".")[:-1])
+    }
+    for parameter in model.parameters():
+        groups[parameter in predicting].append(parameter)
     if not groups[1]:
         raise value_error(
             _OP, "model", "must have modules that predict offsets", ", ".join(sorted(names)), "none",
             "name yours with predictors=[...]",
         )  # fmt: skip
-    others, predicting = groups
     lr = rates["base_lr"]
-    return [{"params": others, "lr": lr}, {"params": predicting, "lr": lr * rates["mult"]}]
+    return [{"params": groups[0], "lr": lr}, {"params": groups[1], "lr": lr * rates["mult"]}]

@@ -85,6 +85,15 @@ def test_difference_is_an_error():
     assert type(model[1]) is dcnlib.nn.DeformConv2d
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_proof_without_gradients(mode):
+    """Whoever swaps the layers of a model for inference has turned them off."""
+    model = torch.nn.Sequential(standins.TorchvisionDeformConv2d(2, 3, 3))
+    with mode():
+        report = convert.replace_modules(model)
+    assert report.replaced[0].difference is not None
+
+
 def test_layer_that_cannot_run():
     class Broken(standins.DeformRoIPool):
         def forward(self, *arguments):
@@ -155,3 +164,5 @@ def test_keys():
     layer = mmcv.ModulatedDeformConv2dPack(2, 2, 3)
     old = {k.replace("conv_offset", "conv_offset_mask"): v for k, v in layer.state_dict().items()}
     layer.load_state_dict(convert.state_dict(old))
+    state = torch.nn.BatchNorm2d(2).state_dict()
+    assert convert.state_dict(state)._metadata == state._metadata

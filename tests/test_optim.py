@@ -50,6 +50,23 @@ def test_a_step_of_sgd():
         torch.testing.assert_close(before[name] - parameter, torch.full_like(parameter, moved))
 
 
+def test_a_shared_predictor():
+    """It has several names, of which the first may tell nothing."""
+    net = torch.nn.Module()
+    net.head = torch.nn.Conv2d(1, 18, 3)
+    net.block = torch.nn.Module()
+    net.block.conv_offset = net.head
+    others, predictors = optim.offset_param_groups(net, 1.0)
+    assert others["params"] == [] and names(net, predictors) == {"head.weight", "head.bias"}
+
+
+def test_names_of_parameters_do_not_count():
+    net = torch.nn.Module()
+    net.conv_offset = torch.nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="must have modules that predict offsets"):
+        optim.offset_param_groups(net, 1.0)
+
+
 def test_own_names():
     net = torch.nn.Sequential()
     net.add_module("shift", torch.nn.Conv2d(1, 18, 3))

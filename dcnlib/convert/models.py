@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -112,7 +113,8 @@ def replace_modules(model: nn.Module, *, prove: bool = True) -> Replacements:
                 "make its successor with convert.equivalent(model)",
             )  # fmt: skip
         successor = successors[id(layer)] = equivalent(layer)
-        difference = _difference(op, name, layer) if prove else None
+        with torch.inference_mode(False), torch.enable_grad():
+            difference = _difference(op, name, layer) if prove else None
         if difference is not None and not difference <= TOLERANCE:
             raise value_error(
                 op, name, f"{kind} and its successor must compute the same",
@@ -213,7 +215,10 @@ def state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             return f"{prefix}{owner}.conv_offset.{parameter}"
         return key
 
-    return {today(key): value for key, value in state_dict.items()}
+    renamed = OrderedDict((today(key), value) for key, value in state_dict.items())
+    if metadata := getattr(state_dict, "_metadata", None):  # what load_state_dict knows versions from
+        renamed._metadata = metadata  # type: ignore[attr-defined]
+    return renamed
 
 
 # ---- which layers, and what becomes of them

@@ -46,6 +46,25 @@ def test_equals_torch(name, dtype, path):
     assert testing.errors(got, same.astype(np.float64), dtype)[0] <= 2 * limit
 
 
+def test_modules_in_several_places(path):
+    """Each place counts: one activation, one convolution, one block."""
+    block = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU())
+    conv = nn.Conv2d(2, 2, 1)
+    net = nn.Sequential(block, conv, block[1], conv, block).eval()
+    edge.save(net, path)
+    x = torch.randn(1, 2, 5, 6)
+    with torch.no_grad():
+        expected = net(x).numpy()
+    np.testing.assert_allclose(edge.load(path)(x.numpy()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_forward_of_its_own(path):
+    net = nn.Sequential(nn.ReLU())
+    net[0].forward = lambda x: -x
+    with pytest.raises(TypeError, match=r"0 is of a kind .* got .*ReLU with a forward of its own"):
+        edge.save(net, path)
+
+
 @pytest.mark.parametrize("stored", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", ["modulated", "roi_pool_modulated", "network"])
 def test_16_bit_weights(name, stored, path, tmp_path):

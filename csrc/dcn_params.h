@@ -1,6 +1,6 @@
 /* One call as plain data, shared by the CPU and the CUDA core.
  *
- * Both cores are reached through a C ABI: a params struct, a struct of pointers and a status.
+ * Both cores are reached through a C ABI: a params struct and a struct of pointers.
  * The Python edge (dcnlib/_problem*.py) has checked every value; below this line code trusts them:
  * sizes are in [1, 2^31), only batch and rois may be 0, and every element count fits in int64. For a
  * convolution and for RoI pooling images of an empty batch are 1 x 1 here.

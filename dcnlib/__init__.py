@@ -1,7 +1,7 @@
-"""dcnlib: deformable convolution and pooling for NumPy and torch, fast on CPUs and GPUs.
+"""dcnlib: deformable convolution and pooling for NumPy and torch, fast on CPUs.
 
-The public names live here; `dcnlib.nn`, `dcnlib.compat` and the like load on first use, since they
-import torch and nothing else does.
+The public names live here; `dcnlib.nn`, `dcnlib.edge` and the like load on first use, since most of them
+import torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Threads and instruction set: the settings, the environment variables, and who wins.
 
-All environment variables of dcnlib are read here, once, at import.
+The environment variables of the CPU are read here, once, at import.
 """
 
 from __future__ import annotations

@@ -175,6 +175,8 @@ def backward(
     wanted |= DCN_GRAD_WEIGHT if grad_weight is not None else 0
     wanted |= DCN_GRAD_BIAS if grad_bias is not None else 0
     wanted |= DCN_GRAD_MASK if grad_mask is not None else 0
+    if not wanted:
+        return
     execute(&kernels.deform_conv2d, &params, &tensors, DCN_BACKWARD, wanted, num_threads)
 
 

@@ -5,7 +5,7 @@ First derivatives in reverse mode are the backward operator; double backward dif
 
 ``torch.library.register_autograd`` would do for the first only: it refuses forward mode and every
 ``torch.func`` transform. So the kernels sit on the Autograd key themselves, at the price of a few
-private names of torch, all of them in this file.
+private names of torch.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def deform_conv2d_backward(
     """The backward operator; all arguments given, in its order. None for what nobody wants."""
     tensors = (grad_output, input, offset, weight, bias, mask)
     place, options = (stride, padding, dilation), (groups, offset_groups, backend)
-    call = _plain_problem(BACKWARD, *tensors, place, options, output_mask[3])
+    call = _plain_problem(BACKWARD, *tensors, place, options)
     if call is None or _is_recorded(tensors):
         grads = backward_operator(*tensors[:5], *place, mask, *options, output_mask)
         return [g if w else None for g, w in zip(grads, output_mask, strict=True)]
@@ -120,7 +120,7 @@ def _is_heard(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def _plain_problem(
-    op, grad_output, input, offset, weight, bias, mask, place, options, wants_bias=False
+    op, grad_output, input, offset, weight, bias, mask, place, options
 ) -> DeformConv2dProblem | None:
     """The problem of a call that `_is_plain`; None of another one.
 
@@ -133,7 +133,7 @@ def _plain_problem(
         return None
     try:
         known = _known_like(
-            op, input.shape, weight.shape, bias is None, mask is None, wants_bias, place, options
+            op, input.shape, weight.shape, bias is None, mask is None, place, options
         )
     except TypeError:  # sizes that are symbols do not hash
         return None
@@ -144,7 +144,7 @@ def _plain_problem(
         return None
     call = problem(
         op, grad_output, input, offset, weight, bias, *place, mask, *options,
-        channels_last=is_channels_last(input), wants_bias=wants_bias, symbolic=False,
+        channels_last=is_channels_last(input), symbolic=False,
     )  # fmt: skip
     guards = TensorGuards(
         *tensors,

@@ -99,8 +99,7 @@ def backward(
     output_mask = wanted(BACKWARD, output_mask, mask)
     call = problem(
         BACKWARD, grad_output, input, offset, weight, bias, stride, padding, dilation, mask,
-        groups, offset_groups, channels_last=is_channels_last(input), wants_bias=output_mask[3],
-        symbolic=False,
+        groups, offset_groups, channels_last=is_channels_last(input), symbolic=False,
     )  # fmt: skip
     grads = run_backward(call, backend, grad_output, input, offset, weight, mask, output_mask)
     return without_none(grads, input)

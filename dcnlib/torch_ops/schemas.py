@@ -85,7 +85,6 @@ def problem(
     backend: str | None = None,
     *,
     channels_last: bool = False,
-    wants_bias: bool = False,
     symbolic: bool = True,
 ) -> DeformConv2dProblem:
     """Check a call, given as to the operator, and describe it; `backend` has no say in that.
@@ -115,7 +114,6 @@ def problem(
         groups,
         offset_groups,
         channels_last,
-        wants_bias,
     )
 
 
@@ -234,7 +232,6 @@ def _problem(
     groups: int | None,
     offset_groups: int | None,
     channels_last: bool,
-    wants_bias: bool,
 ) -> DeformConv2dProblem:
     """`deform_conv2d_problem` of a raw call's sizes, dtypes and integers."""
     stride = pair(op, "stride", stride)
@@ -246,10 +243,9 @@ def _problem(
         None if spec is None else (tuple(spec[0]), _DTYPE_NAMES[spec[1]])
         for spec in (input, offset, weight, bias, mask, grad_output)
     )
-    call = deform_conv2d_problem(
+    return deform_conv2d_problem(
         op, *specs, stride, padding, dilation, groups, offset_groups, channels_last
     )
-    return call._replace(has_bias=True) if wants_bias else call
 
 
 _cached_problem = lru_cache(maxsize=1024)(_problem)

@@ -82,21 +82,33 @@ def test_only_wanted_gradients(name, isa):
 
 
 def test_bias_gradient_of_a_call_without_bias():
-    """It needs no values of bias: autograd asks for it with a problem that says so."""
+    """It needs no values of bias."""
     call = lattice("no_bias")
-    problem = call.problem()._replace(has_bias=True)
-    grads = gradient_memory(problem, "float32", (False, False, False, True, False))
+    problem = call.problem()
+    grads = [None, None, None, np.full(problem.bias_shape, np.nan, np.float32), None]
     cpu.backward(problem, call.grad_output, call.input, call.offset, call.weight, call.mask, grads)
     np.testing.assert_array_equal(grads[3], call.grad_output.sum(axis=(0, 2, 3)))
 
 
 @pytest.mark.parametrize("name", ["plain", "depthwise"])
 def test_unwanted_gradients_cost_no_work(name):
-    """An empty wish leaves everything alone, arguments that would trap included."""
-    call = lattice(name)
-    problem = call.problem()
-    arrays = (call.grad_output, call.input, call.offset, call.weight, call.mask)
-    cpu.backward(problem, *arrays, [None] * 5)
+    """An empty wish leaves everything alone: none of these addresses can be read."""
+    cpu.backward(lattice(name).problem(), *[1] * 5, [None] * 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_bias_gradient_that_is_no_number(batch, dtype):
+    """Infinities of one sign sum up to one."""
+    call = testing.lattice(testing.Geometry(batch, 2, 5, 6, 4, (1, 1)), 0).astype(dtype)
+    grad_output = call.grad_output.copy()
+    grad_output[0, 0, 0, 0] = grad_output[-1, 0, 4, 5] = np.inf
+    grad_output[0, 1, 0, 0] = -np.inf
+    grad_output[0, 2, 0, 0], grad_output[-1, 2, 1, 0] = np.inf, -np.inf
+    call = call._replace(grad_output=grad_output)
+    found = call.backward("cpu").bias.astype(np.float64)
+    np.testing.assert_array_equal(found[:3], [np.inf, -np.inf, np.nan])
+    assert found[3] == call.grad_output[:, 3].astype(np.float64).sum()
 
 
 # ---- layouts and addresses ---------------------------------------------------------------------

@@ -415,7 +415,10 @@ def test_second_derivatives_at_kinks():
 
     step = 1e-6
     expected = torch.stack(
-        [(slope(offset + step * e.reshape(offset.shape)) - slope(offset)) / step for e in torch.eye(162)]
+        [
+            (slope(offset + step * e.reshape(offset.shape)) - slope(offset)) / step
+            for e in torch.eye(162)
+        ]
     )
     found = grad(slope)(offset).flatten()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

@@ -513,6 +513,14 @@ def test_autocast(case, dtype):
 
 
 @pytest.mark.parametrize("case", OPERATORS)
+def test_autocast_leaves_float64(case):
+    call = smooth(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = call.forward()
+    assert output.dtype == torch.float64 and torch.equal(output, call.forward())
+
+
+@pytest.mark.parametrize("case", OPERATORS)
 def test_compile(case):
     """One graph, forwards and backwards, the same values."""
     call = smooth(case)

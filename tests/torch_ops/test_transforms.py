@@ -82,6 +82,21 @@ def test_vmap_of_gradients(name, axes, wanted):
             torch.testing.assert_close(value[k], expected, rtol=1e-12, atol=1e-12)
 
 
+def test_vmap_of_the_gradient_of_bias():
+    """Alone, of a bias that all examples share: each has its own."""
+    call = torch_calls.smooth(torch_calls.SMALL["v2"])
+    x, offset, weight, bias, mask = (t.detach() for t in torch_calls.leaves(call))
+    apply = torch_calls.function(call)
+
+    def loss(bias, scale):
+        return (scale * apply(x, offset, weight, bias, mask)).sum()
+
+    scales = torch.tensor([1.0, 2.0, -3.0]).double()
+    found = vmap(grad(loss), (None, 0))(bias, scales)
+    expected = torch.stack([grad(loss)(bias, scale) for scale in scales])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_vmap_nested_and_mixed():
     """vmap in vmap, vmap of jvp, and torch.func's per-sample Jacobians."""
     call = torch_calls.smooth(Geometry(2, 2, 3, 3, 2, (2, 2), mask=False, bias=False))
@@ -605,7 +620,7 @@ def test_what_is_known_keeps_no_tensor():
         assert known(*tensors)
     *_, bias, mask = tensors
     kept = autograd._known_like(
-        "deform_conv2d", tensors[0].shape, tensors[2].shape, bias is None, mask is None, False,
+        "deform_conv2d", tensors[0].shape, tensors[2].shape, bias is None, mask is None,
         ((1, 1), (1, 1, 1, 1), (1, 1)), (2, 2, None),
     )  # fmt: skip
     assert len(kept[0]) == 4 and autograd._known_like.cache_info().maxsize

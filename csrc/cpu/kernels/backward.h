@@ -261,8 +261,9 @@ struct BackwardShared {
     input = images.take<A>(b.need_input ? places * b.owners() * b.plane : 0);
     sums = images.take<A>(b.need_sums() ? places * b.pairs * 3 * taps_of(p) * pixels : 0);
     touched = images.take<Range>(b.need_input ? places * b.owners() : 0);
-    share = weights.take<A>(
-        b.need_weight ? b.shares() * b.weight_slabs() * b.bands * group_out(p) * b.share_row : 0);
+    /* Transposed from where it is, in whole vectors: one more. */
+    const int64_t shares = b.need_weight ? b.shares() * b.weight_slabs() * b.bands : 0;
+    share = weights.take<A>(shares ? shares * group_out(p) * b.share_row + Vector<A>::lanes : 0);
     total = arena.take<A>(b.need_weight && b.rounds() > 1 && !is_direct<A>(p)
                               ? p.out_channels * group_in(p) * taps_of(p)
                               : 0);

@@ -82,8 +82,9 @@ typedef Unsigned<float>::V Words;
 constexpr uint32_t HIGH = 0xffff0000;
 
 /* Numbers of 2^60 and more are hard, and those below 2^-103, of which parts are denormal. So are those
- * below a limit where nothing larger stands beside them: products of 2^-94 stay far above the least. As
- * bfloat16. */
+ * below a limit where nothing larger stands beside them. Products of parts may still vanish, each less than
+ * 2^-126, where what is large in a row of A and in a block of B does not meet: an error of at most twice
+ * what a product that vanishes in AVX-512 leaves. As bfloat16. */
 constexpr short TOO_LARGE = (60 + 127) << 7, TOO_SMALL = (-103 + 127) << 7;
 constexpr short LEAST_OF_ROW = (-64 + 127) << 7, LEAST_OF_BLOCK = (-30 + 127) << 7;
 

@@ -47,7 +47,7 @@ struct Slabs {
 
   explicit Slabs(const dcn_params &p) {
     constexpr int64_t L = Vector<A>::lanes;
-    /* Slabs but the last are whole blocks of the matrix unit. */
+    /* Slabs of a wider unit, but the last, are whole blocks of the matrix unit. */
     constexpr int64_t WHOLE = DCN_VECTOR_BYTES == 64 && sizeof(A) == 4 ? 2 * L : L;
     /* A depthwise call has no weight groups to respect: any channels go together. */
     unit = is_depthwise(p) ? offset_group_in(p) : min(group_in(p), offset_group_in(p));

@@ -13,7 +13,7 @@
  * a piece of a plane. Backward: a whole plane, which the task alone writes; for the 16-bit types it is
  * summed in scratch. RESAMPLE_TILE pixels at a time go through loops of one kind each: positions, which
  * the compiler vectorises; the four corners, one load each; the interpolation, vectorised again.
- * Scratch: 27 arrays of a tile's values.
+ * Scratch: 26 arrays of a tile's values.
  */
 #ifndef DCN_RESAMPLE_H
 #define DCN_RESAMPLE_H

@@ -132,7 +132,7 @@ struct RoiScratch {
     count_x = arena.take<int64_t>(r.chunk);
     mask = arena.take<A>(r.chunk);
     tile = arena.take<A>(r.chunk * r.pitch + L);
-    row = arena.take<A>(r.samples_gradient && any ? max(r.parts, r.bins) : 0);
+    row = arena.take<A>(r.samples_gradient && any ? max(2 * r.parts, r.bins) : 0);
     offset_sums = arena.take<double>(r.samples_gradient && any ? 2 * r.parts : 0);
     mask_sums = arena.take<double>(r.samples_gradient && any ? r.bins : 0);
     band = arena.take<A>(r.input_gradient && r.p.batch ? r.rows * r.p.in_w * r.pitch + L : 0);

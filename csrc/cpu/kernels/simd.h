@@ -251,7 +251,7 @@ DCN_INLINE void sum4(typename Vector<A>::V a, typename Vector<A>::V b, typename 
   }
 }
 
-/* The same of two times four vectors, bit by bit: three shuffles less with AVX-512. */
+/* The same of two times four vectors, bit by bit, in fewer steps with AVX-512. */
 template <class A>
 DCN_INLINE void sum4_twice(const typename Vector<A>::V *a, const typename Vector<A>::V *b, A *of_a,
                            A *of_b) {

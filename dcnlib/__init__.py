@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from . import edge as edge
     from . import nn as nn
     from . import optim as optim
+    from . import testing as testing
 
 __all__ = [
     "__version__",
@@ -51,10 +52,12 @@ __all__ = [
 _LAZY = ("analysis", "compat", "convert", "edge", "nn", "optim", "testing")
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return importlib.import_module(f".{name}", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a type checker would take any name for one of ours
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return importlib.import_module(f".{name}", __name__)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

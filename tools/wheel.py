@@ -34,8 +34,9 @@ ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
 #: Bytes that a wheel without CUDA should not pass.
 LIMIT = 500_000
-_NOTICE = """libgomp.so.1 is the OpenMP runtime of GCC, unchanged, GPL-3.0-or-later WITH
-GCC-exception-3.1; its source is at https://gcc.gnu.org. dcnlib loads it where the system has none.
+_GOMP_LICENSE = "GPL-3.0-or-later WITH GCC-exception-3.1"
+_NOTICE = f"""libgomp.so.1 is the OpenMP runtime of GCC, unchanged, {_GOMP_LICENSE};
+its source is at https://gcc.gnu.org. dcnlib loads it where the system has none.
 """
 
 
@@ -59,7 +60,7 @@ def build_wheel(sdist: Path, machine: str) -> Path:
         if machine != platform.machine():
             env |= cross_environment(machine, Path(folder))
         if env.get("DCNLIB_OPENMP") != "0":
-            bundle_libgomp(env.get("CC", "gcc"), tree / "dcnlib" / "_libs")
+            bundle_libgomp(env.get("CC", "gcc"), tree)
         raw = Path(folder) / "raw"
         run(
             sys.executable,
@@ -105,17 +106,22 @@ def cross_environment(machine: str, folder: Path) -> dict[str, str]:
     }
 
 
-def bundle_libgomp(compiler: str, folder: Path) -> None:
-    """Put the compiler's libgomp where the package looks when the system has none."""
+def bundle_libgomp(compiler: str, tree: Path) -> None:
+    """Put the compiler's libgomp where the package looks when the system has none, and say so."""
     found = subprocess.run(
         [compiler, "-print-file-name=libgomp.so.1"], check=True, capture_output=True, text=True
     ).stdout.strip()
     if not Path(found).is_absolute():
         print(f"dcnlib: {compiler} has no libgomp: the wheel carries none")
         return
+    folder = tree / "dcnlib" / "_libs"
     folder.mkdir()
     shutil.copyfile(os.path.realpath(found), folder / "libgomp.so.1")
     (folder / "NOTICE.txt").write_text(_NOTICE)
+    settings = (tree / "pyproject.toml").read_text()
+    own = 'license = "BSD-3-Clause"'
+    assert own in settings
+    (tree / "pyproject.toml").write_text(settings.replace(own, f'{own[:-1]} AND {_GOMP_LICENSE}"'))
 
 
 def squeeze(wheel: Path) -> Path:

@@ -516,6 +516,8 @@ def main(arguments: list[str] | None = None) -> int:
                         print(
                             f"\r\033[K{part}: {row['layer']}", end="", file=sys.stderr, flush=True
                         )
+                if not rows and options.only:
+                    print(f"{part}: no layer matches --only {options.only!r}", file=sys.stderr)
                 if rows:
                     report[part] = rounded(head | {"rows": rows})
                     if options.json:

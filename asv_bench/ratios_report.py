@@ -54,16 +54,20 @@ def summary(rows: list[Row]) -> list[Line]:
 def text(report: dict[str, Row]) -> str:
     lines = []
     for part, content in report.items():
-        lines += [f"{part}: {machine(content)}", *_TEXTS.get(part, _versus_text)(content["rows"])]
+        threads = "one thread and two" if part == "threads" else "one thread"
+        lines += [
+            f"{part}: {machine(content, threads)}",
+            *_TEXTS.get(part, _versus_text)(content["rows"]),
+        ]
         lines.append("")
     return "\n".join(lines)
 
 
-def machine(content: Row) -> str:
+def machine(content: Row, threads: str = "one thread") -> str:
     versions = ", ".join(f"{name} {v}" for name, v in content["versions"].items() if v)
     door = "" if content["door"] == "torch" else f", {content['door']} alone"
     return (
-        f"{content['cpu']}, {content['cores']} cores, {content['isa']}, one thread, "
+        f"{content['cpu']}, {content['cores']} cores, {content['isa']}, {threads}, "
         f"{content['date']}, dcnlib {content['dcnlib']} at {content['commit']}{door}, "
         f"Python {content['python']}, {versions}"
     )
@@ -94,7 +98,7 @@ def _classes_text(rows: list[Row]) -> list[str]:
             "odd channel counts: time over that of the padded layer (goal 1.15); to conv2d",
         ]
         lines += [
-            f"{row['layer']:<36}{'as ' + row['as']:<36}{row['pass']:<20}{row['ratio']:>6.2f}"
+            f"{row['layer']:<44}{'as ' + row['as']:<44}{row['pass']:<20}{row['ratio']:>6.2f}"
             f"{row['to_conv2d']:>7.2f}"
             for row in odd
         ]
@@ -274,7 +278,8 @@ def figure(report: dict[str, Row], path: Path) -> None:
                        label=names[name] if place == 0 else None)  # fmt: skip
                 digits = 2 if value < 2.95 else 1 if value < 9.95 else 0
                 label = f"{value:.{digits}f}"
-                ax.text(left, value * 1.05, label, ha="center", va="bottom", fontsize=6.5)
+                above = value if value > 1 or value < 0.75 else 1  # not across the line at 1
+                ax.text(left, above * 1.05, label, ha="center", va="bottom", fontsize=6.5)
         ax.axhline(1, color="#22303c", lw=1, label="plain conv2d")
         ax.set_yscale("log")
         ax.set_ylim(0.5, 2.2 * max(max(row["ratio"].values()) for _, row in here))

@@ -234,6 +234,6 @@ def _finish(op: str, problem: DeformRoIPoolProblem, grad_output: Spec | None) ->
     addressable(
         op,
         input=(max(problem.batch, 1), *problem.input_shape[1:]),
-        offset=(max(problem.rois, 1), *problem.offset_shape[1:]),
         output=(max(problem.rois, 1), *problem.output_shape[1:]),
+        offset=(max(problem.rois, 1), *problem.offset_shape[1:]),
     )

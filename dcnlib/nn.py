@@ -387,6 +387,7 @@ def freeze(module: Module) -> Module:
     ``load_state_dict``, ``.to`` and operations in place are noticed, by torch's version counter and
     the identity of the memory. Freeze again after what torch does not notice: writes through
     ``weight.data`` or an array that shares the memory, and a new parameter in the place of the old.
+    torch refuses to swap frozen weights (``torch.utils.swap_tensors``): swap first, freeze then.
 
     Examples
     --------

@@ -42,7 +42,7 @@ def forward(
     """y(p0) = b + sum_{c, k} w * m * s"""
     x, offset, weight, bias, mask = _wide(input, offset, weight, bias, mask)
     s = _samples(problem, x, offset).value
-    y = _by_group(problem, weight) @ _rows(problem, _modulated(problem, mask, s))
+    y = _by_group(problem, weight) @ _rows(problem, _modulated(mask, s))
     y = y.reshape(problem.output_shape)
     if bias is not None:
         y = y + bias[:, None, None]
@@ -69,7 +69,7 @@ def backward(
         problem.out_h * problem.out_w,
     )
     upstream = (_by_group(problem, weight).mT @ dy).reshape(s.shape)  # dL/d(m s)
-    grad_sample = _modulated(problem, mask, upstream)
+    grad_sample = _modulated(mask, upstream)
 
     def grad_input():
         return _spread(problem, samples, grad_sample)
@@ -80,7 +80,7 @@ def backward(
         return torch.stack([_over_channels(grad_sample * slope, where) for slope in slopes], 3)
 
     def grad_weight():
-        return (dy @ _rows(problem, _modulated(problem, mask, s)).mT).sum(0)
+        return (dy @ _rows(problem, _modulated(mask, s)).mT).sum(0)
 
     def grad_bias():
         return dy.sum((0, 3))
@@ -181,7 +181,7 @@ def _index(place: Tensor, channels: int) -> Tensor:
     return place.reshape(n, g, 1, k * p).expand(n, g, channels, k * p)
 
 
-def _modulated(problem: DeformConv2dProblem, mask: Tensor | None, values: Tensor) -> Tensor:
+def _modulated(mask: Tensor | None, values: Tensor) -> Tensor:
     """m * values, each offset group's mask for all of its channels."""
     if mask is None:
         return values

@@ -165,7 +165,6 @@ def test_no_tensor(kind, tensor):
         dcnlib.deform_conv2d_backward(**request)
 
 
-QUANTIZE = "ignore:.*quantiz.*:Warning"
 LAYOUTS = {
     "sparse_coo": (lambda t: t.to_sparse(), "layout torch.sparse_coo; convert it with .to_dense()"),
     "sparse_csr": (

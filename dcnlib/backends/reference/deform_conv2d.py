@@ -25,7 +25,7 @@ def forward(problem, input, offset, weight, bias, mask, output, num_threads=None
     weight = _float64(weight)
     bias = np.zeros(problem.out_channels) if bias is None else _float64(bias)
     for n in range(problem.batch):
-        x, offset_n, mask_n = _image(problem, n, input, offset, mask)
+        x, offset_n, mask_n = _image(n, input, offset, mask)
         y = convolve(problem, x, offset_n, weight, bias, mask_n)
         output[n] = rounded(y, output.dtype)
 
@@ -38,7 +38,7 @@ def backward(problem, grad_output, input, offset, weight, mask, grads, num_threa
     grad_bias = np.zeros(problem.out_channels)
     grad_input, grad_offset, out_weight, out_bias, grad_mask = grads
     for n in range(problem.batch):
-        x, offset_n, mask_n = _image(problem, n, input, offset, mask)
+        x, offset_n, mask_n = _image(n, input, offset, mask)
         grad = differentiate(problem, _float64(grad_output[n]), x, offset_n, weight, mask_n)
         grad_weight += grad.weight
         grad_bias += grad.bias
@@ -233,7 +233,7 @@ def _float64(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float64)
 
 
-def _image(problem, n, input, offset, mask):
+def _image(n, input, offset, mask):
     """Image n of the batch with its offsets and mask, as float64."""
     return (
         _float64(input[n]),

@@ -86,17 +86,25 @@ static void gemm_rows(int64_t rows, int64_t depth, const A *a, int64_t lda, cons
       gemm_registers<A, 1, N>(depth, a, lda, b, ldb, c, ldc, accumulate);
     return;
   }
-  /* Equal parts: 49 rows are 13 + 12 + 12 + 12, not 14 + 14 + 14 + 7. */
+  /* Equal parts: 49 rows are 12 + 12 + 12 + 13, not 14 + 14 + 14 + 7. Of 14 variants some are the even ones
+   * (and ROWS / 2): an odd row is by itself. */
+  constexpr int64_t STEP = ROWS > 6 ? 2 : 1;
   const int64_t parts = ceil_div(rows, ROWS);
+  const auto begin = [&](int64_t part) {
+    return part == parts ? rows : round_up(rows * part / parts, STEP);
+  };
   for (int64_t part = 0; part < parts; part++) {
-    const int64_t first = rows * part / parts;
-    const int64_t count = rows * (part + 1) / parts - first;
-    const A *from = a + first * lda;
-    A *to = c + first * ldc;
-#define DCN_CASE(M)                                                           \
-  case M:                                                                     \
-    if constexpr (VARIANTS == ALL_VARIANTS || (N == 2 && M >= ROWS / 2))      \
-      gemm_registers<A, M, N>(depth, from, lda, b, ldb, to, ldc, accumulate); \
+    const A *from = a + begin(part) * lda;
+    A *to = c + begin(part) * ldc;
+    int64_t count = begin(part + 1) - begin(part);
+    if (VARIANTS == SOME_VARIANTS && count % STEP && count > ROWS / 2)
+      count--, gemm_registers<A, 1, N>(depth, from + count * lda, lda, b, ldb, to + count * ldc,
+                                       ldc, accumulate);
+#define DCN_CASE(M)                                                               \
+  case M:                                                                         \
+    if constexpr (VARIANTS == ALL_VARIANTS ||                                     \
+                  (N == 2 && (M == ROWS / 2 || (M > ROWS / 2 && M % STEP == 0)))) \
+      gemm_registers<A, M, N>(depth, from, lda, b, ldb, to, ldc, accumulate);     \
     break;
     switch (count) {
       DCN_CASE(1)

@@ -186,9 +186,8 @@ def _quota(system: Path = Path("/")) -> float | None:
             root, files = system / "sys/fs/cgroup/cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         else:
             continue
-        innermost = root / group.lstrip(
-            "/"
-        )  # in a container it may be the root itself that is there
+        # In a container it may be the root itself that is there.
+        innermost = root / group.lstrip("/")
         for folder in (innermost, *innermost.parents[: len(innermost.parts) - len(root.parts)]):
             try:
                 quota, period = " ".join((folder / name).read_text() for name in files).split()

@@ -20,6 +20,7 @@ from .backends.cpu import _core
 _PACKAGES = ("numpy", "torch", "ml_dtypes")
 #: What decides the number of threads of a process whose parent had imported dcnlib.
 _FORKED = "a fork"
+_MOST = "the largest team"
 #: File names of the OpenMP runtimes of GCC, LLVM and Intel, as they appear among mapped libraries.
 _RUNTIME = re.compile(r"/lib(?:gomp|omp|iomp5)(?:-\w+)?\.(?:so[.\d]*|dylib)$")
 
@@ -151,8 +152,8 @@ def _advice(report: dict[str, Any]) -> list[str]:
             "this process was forked from one that had imported dcnlib, and runs on one thread; "
             'start it in another way, such as multiprocessing\'s "spawn"'
         )
-    elif threads["decided_by"] == "OMP_THREAD_LIMIT":
-        advice.append(f"OMP_THREAD_LIMIT keeps dcnlib to {threads['used']} threads")
+    elif threads["decided_by"] in ("OMP_THREAD_LIMIT", _MOST):
+        advice.append(f"the number of threads is that of {threads['decided_by']}")
     elif threads["used"] < threads["usable_cores"]:
         advice.append(
             f"{threads['decided_by']} keeps dcnlib to {threads['used']} of "
@@ -198,8 +199,9 @@ def _threads() -> tuple[int, str]:
     used = _core.allowed(setting)
     if used == setting:
         return setting, by
-    limit = os.environ.get("OMP_THREAD_LIMIT", "").strip()
-    return used, "OMP_THREAD_LIMIT" if limit == str(used) else _FORKED if used == 1 else "dcnlib"
+    if _core.forked():
+        return used, _FORKED
+    return used, "OMP_THREAD_LIMIT" if "OMP_THREAD_LIMIT" in os.environ else _MOST
 
 
 def version_of(package: str) -> str | None:

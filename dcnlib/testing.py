@@ -442,7 +442,7 @@ def _pairs(actual: dict, expected: dict, note: object) -> Iterator[tuple[str, np
             _require(actual[name] is None, f"{name} should be None; {note}")
             continue
         _require(actual[name] is not None, f"{name} is None; {note}")
-        shape = tuple(actual[name].shape)
+        shape = tuple(np.shape(actual[name]))
         _require(shape == exact.shape, f"{name}: shape {shape}, not {exact.shape}; {note}")
         yield name, exact
 

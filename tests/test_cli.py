@@ -109,7 +109,7 @@ class TestInfo:
              "OMP_NUM_THREADS keeps dcnlib to 1 of 8 cores"),
             ("threads", {"used": 1, "usable_cores": 8, "decided_by": "a fork"}, "was forked"),
             ("threads", {"used": 2, "usable_cores": 8, "decided_by": "OMP_THREAD_LIMIT"},
-             "OMP_THREAD_LIMIT keeps dcnlib to 2 threads"),
+             "number of threads is that of OMP_THREAD_LIMIT"),
             ("isa", {"used": "avx2", "usable": ["avx512", "avx2"]}, "where avx512 would run"),
             ("isa", {"used": "avx512", "usable": ["amx", "avx512"]}, "where amx would run"),
             ("packages", {"torch": None}, "pip install torch"),

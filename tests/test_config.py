@@ -233,7 +233,7 @@ ask = lambda: (os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}), _config.
 thread = threading.Thread(target=ask)
 thread.start()
 thread.join()
-print(_config.usable_cores() == min(len(os.sched_getaffinity(0)), _config._quota() or 1e9) // 1)
+print(_config.usable_cores() == max(1, min(len(os.sched_getaffinity(0)), _config._quota() or 1e9) // 1))
 """
     done = isolated.python(ask)
     assert done.stdout == "True\n", done.stderr

@@ -51,6 +51,11 @@ def stay_alone() -> None:
     dcn_threads_alone()
 
 
+def forked() -> bool:
+    """Whether this process is a forked child, and has one thread."""
+    return dcn_threads_forked() != 0
+
+
 def built() -> list[str]:
     """The instruction sets in this build, best first."""
     return names(dcn_cpu_built())
@@ -305,7 +310,7 @@ cdef int execute(
             call.params, call.tensors, call.plan, call.direction = params, tensors, &plan, direction
             call.shared, call.packed = memory, packed if plan.weight_form == form else NULL
             if workers > 1:
-                team = dcn_threads_possible(allowed)
+                team = dcn_threads_team(workers, allowed)
             dcn_threads_run(
                 kernel, &call, <char *>memory + scratch_at(&plan, 0), min(workers, team), team
             )
@@ -318,9 +323,9 @@ cdef int execute(
             f"{op}: workspace: does not fit into memory; expected room for "
             f"{bytes} bytes; use a smaller batch or image"
         )
-    if workers > 1 and team < allowed:
+    if team < workers:
         warnings.warn(
-            f"dcnlib: {allowed} threads cannot be created, {team} are used; "
+            f"dcnlib: {workers} threads cannot be created, {team} are used; "
             "raise the limit or call dcnlib.set_num_threads",
             RuntimeWarning,
             stacklevel=2,

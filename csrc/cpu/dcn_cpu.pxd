@@ -48,7 +48,8 @@ cdef extern from "threads.h" nogil:
     void dcn_threads_init()
     void dcn_threads_alone()
     int dcn_threads_allowed(int wanted)
-    int dcn_threads_possible(int wanted)
+    int dcn_threads_team(int workers, int allowed)
+    int dcn_threads_forked()
     void dcn_threads_run(
         const dcn_cpu_operator *, const dcn_cpu_call *, void *scratch, int workers, int team)
     int dcn_threads_openmp()

@@ -20,6 +20,7 @@ static volatile int forked = 0;
 static void in_child(void) { forked = 1; }
 
 void dcn_threads_alone(void) { forked = 1; }
+int dcn_threads_forked(void) { return forked; }
 
 static pthread_attr_t attributes; /* of the runtime's threads */
 
@@ -99,16 +100,14 @@ int dcn_threads_allowed(int wanted) {
   return wanted < limit ? wanted : limit;
 }
 
-int dcn_threads_possible(int wanted) {
+int dcn_threads_team(int workers, int allowed) {
   /* libgomp keeps a pool for each thread that opens teams: the threads of its last one, no more. */
   static thread_local int pool = 1;
-  if (wanted > pool) {
-    const int possible = 1 + can_create(wanted - 1);
-    /* Part of what was possible: the probe's threads are gone, others may take their place. */
-    if (possible < wanted)
-      wanted = pool > possible / 2 ? pool : possible / 2 > 1 ? possible / 2 : 1;
-  }
-  return pool = wanted;
+  if (workers <= pool) return pool = pool < allowed ? pool : allowed;
+  const int possible = 1 + can_create(workers - 1);
+  if (possible >= workers) return pool = workers;
+  /* Part of what was possible: the probe's threads are gone, others may take their place. */
+  return pool = pool > possible / 2 ? pool : possible / 2 > 1 ? possible / 2 : 1;
 }
 
 namespace {
@@ -169,9 +168,10 @@ void dcn_threads_run(const dcn_cpu_operator *kernel, const dcn_cpu_call *call, v
 
 void dcn_threads_init(void) {}
 void dcn_threads_alone(void) {}
+int dcn_threads_forked(void) { return 0; }
 int dcn_threads_openmp(void) { return 0; }
 int dcn_threads_cores(void) { return 1; }
 int dcn_threads_allowed(int) { return 1; }
-int dcn_threads_possible(int) { return 1; }
+int dcn_threads_team(int, int) { return 1; }
 
 #endif

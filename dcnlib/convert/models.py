@@ -216,9 +216,8 @@ def state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         return key
 
     renamed = OrderedDict((today(key), value) for key, value in state_dict.items())
-    if metadata := getattr(
-        state_dict, "_metadata", None
-    ):  # what load_state_dict knows versions from
+    # What load_state_dict knows versions from.
+    if metadata := getattr(state_dict, "_metadata", None):
         renamed._metadata = metadata  # type: ignore[attr-defined]
     return renamed
 

@@ -165,6 +165,8 @@ def load(path: Path, dtype: str | None = None) -> Model:
 def _describe(op: str, module: Any, key: str, tensors: dict[str, Any]) -> dict[str, Any]:
     """The tree of `module`; its tensors go into `tensors`."""
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if "forward" in vars(module):
+        kind += " with a forward of its own"
     if kind in Sequential.saves:
         parts = [
             _describe(op, part, f"{key}{name}.", tensors)
@@ -172,14 +174,13 @@ def _describe(op: str, module: Any, key: str, tensors: dict[str, Any]) -> dict[s
         ]
         return {"layer": "Sequential", "layers": parts}
     layer = next((layer for layer in LAYERS.values() if kind in layer.saves), None)
-    if layer is None or "forward" in vars(module):
+    if layer is None:
         known = sorted(
             name.rpartition(".")[2] for one in (Sequential, *LAYERS.values()) for name in one.saves
         )
         raise type_error(
             op, "module", f"{key.rstrip('.') or 'the module'} is of a kind that is not known",
-            ", ".join(known), kind if layer is None else f"{kind} with a forward of its own",
-            "write an edge.Layer for it and edge.register it",
+            ", ".join(known), kind, "write an edge.Layer for it and edge.register it",
         )  # fmt: skip
     check_fixed(op, key.rstrip("."), layer, module)
     state = module.state_dict()

@@ -58,10 +58,11 @@ def test_modules_in_several_places(path):
     np.testing.assert_allclose(edge.load(path)(x.numpy()), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_forward_of_its_own(path):
-    net = nn.Sequential(nn.ReLU())
+@pytest.mark.parametrize("make", [nn.ReLU, nn.Sequential])
+def test_a_forward_of_its_own(make, path):
+    net = nn.Sequential(make())
     net[0].forward = lambda x: -x
-    with pytest.raises(TypeError, match=r"0 is of a kind .* got .*ReLU with a forward of its own"):
+    with pytest.raises(TypeError, match=r"0 is of a kind .* got .* with a forward of its own"):
         edge.save(net, path)
 
 

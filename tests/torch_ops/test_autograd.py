@@ -230,7 +230,7 @@ def test_bias_may_be_modified():
 @pytest.mark.parametrize("operator", ["deform_conv2d", "deform_resample2d"])
 @pytest.mark.parametrize("dispatched", [False, True])
 def test_compiled_autograd(operator, dispatched):
-    """torch compiles the backward pass of an eager call, and its derivative's."""
+    """torch compiles the backward pass of an eager call."""
     from torch._dynamo import compiled_autograd
 
     call = case("v2")
@@ -390,6 +390,21 @@ def test_derivative_at_kinks_in_every_mode(operator):
     primal, forward = jvp(output, (offset,), (tangent,))
     assert primal[0, 0, 0].isnan().nonzero().flatten().tolist() == [3]
     assert forward[0, 0, 0].isnan().nonzero().flatten().tolist() == [3]
+
+
+def test_second_derivatives_of_resampling_at_kinks():
+    """Right-hand in either order, with positions at exactly -1."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 3, 4, generator=generator).double()
+    offset = torch.zeros(1, 4, 3, 4).double() - 1  # the first row and column
+
+    def loss(x, offset):
+        return dcnlib.deform_resample2d(x, offset, boundary="zeros").sin().sum()
+
+    blocks = hessian(loss, (0, 1))(x, offset)
+    one, other = blocks[0][1].reshape(24, 48), blocks[1][0].reshape(48, 24).T
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    assert one.count_nonzero() > 24
 
 
 def test_second_derivatives_at_kinks():

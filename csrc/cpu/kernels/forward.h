@@ -28,7 +28,7 @@
  *
  * Sums: per output element over (offset group, chunk, block, tap, channel), always in this order.
  * Scratch: (strip * columns + tile * outputs) * sizeof(A), plus the corners of a chunk. With the matrix
- * unit tile * 288 * 6 bytes, 170 to 390 kB, in place of the columns.
+ * unit tile * 288 * 6 bytes, at most 390 kB, in place of the columns.
  */
 #ifndef DCN_FORWARD_H
 #define DCN_FORWARD_H

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from .common import DIRECTIONS, LAYERS, Timed, numpy_call, skip
 
 
@@ -12,10 +14,15 @@ class Isas(Timed):
     def setup(self, isa, layer, direction):
         import dcnlib
 
-        dcnlib.cpu_isa(isa).__enter__()  # until this process ends
-        if dcnlib.cpu_isa() != isa:
-            skip(f"isa: this processor or build has no {isa}, only {dcnlib.cpu_isa()}")
+        self.limit = ExitStack()
+        self.limit.enter_context(dcnlib.cpu_isa(isa))
+        if (best := dcnlib.cpu_isa()) != isa:
+            self.limit.close()
+            skip(f"isa: this processor or build has no {isa}, only {best}")
         self.call = numpy_call(LAYERS[layer], direction)
+
+    def teardown(self, *parameters):
+        self.limit.close()
 
     def time_call(self, *parameters):
         self.call()

@@ -79,16 +79,18 @@ def _timed(call):
 @pytest.mark.parametrize(("kind", "method"), list(benchmarks()))
 def test_benchmark_runs(kind, method):
     benchmark, parameters = kind(), cheapest(kind)
-    with dcnlib.cpu_isa(dcnlib.cpu_isa()):  # as it was, afterwards
-        try:
-            getattr(benchmark, "setup", lambda *_: None)(*parameters)
-        except NotImplementedError as reason:
-            pytest.skip(str(reason))
-        result = getattr(benchmark, method)(*parameters)
-        if method.startswith("track_"):
-            assert result >= 0
-        if method.startswith("timeraw_"):
-            compile(result, method, "exec")
+    before = dcnlib.cpu_isa()
+    try:
+        getattr(benchmark, "setup", lambda *_: None)(*parameters)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    result = getattr(benchmark, method)(*parameters)
+    if method.startswith("track_"):
+        assert result >= 0
+    if method.startswith("timeraw_"):
+        compile(result, method, "exec")
+    getattr(benchmark, "teardown", lambda *_: None)(*parameters)
+    assert dcnlib.cpu_isa() == before
 
 
 @pytest.mark.parametrize("name", MODULES)

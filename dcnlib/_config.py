@@ -175,11 +175,11 @@ def _quota(system: Path = Path("/")) -> float | None:
     """The least limit in cores of the process's control groups, None where there is none."""
     try:
         lines = (system / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
+    except (OSError, ValueError):  # no such file; no text
         lines = []
     limits = []
     for line in lines or ["0::/", "1:cpu:/"]:
-        _, controllers, group = line.split(":", 2)
+        controllers, _, group = line.partition(":")[2].partition(":")
         if not controllers:  # version 2
             root, files = system / "sys/fs/cgroup", ["cpu.max"]
         elif "cpu" in controllers.split(","):

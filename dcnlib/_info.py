@@ -18,9 +18,9 @@ from ._version import __version__
 from .backends.cpu import _core
 
 _PACKAGES = ("numpy", "torch", "ml_dtypes")
-#: What decides the number of threads of a process whose parent had imported dcnlib.
-_FORKED = "a fork"
-_MOST = "the largest team"
+#: What decides the number of threads where no setting does: a parent that had imported dcnlib, and
+#: the core's own limit.
+_FORKED, _MOST = "a fork", "dcnlib's limit"
 #: File names of the OpenMP runtimes of GCC, LLVM and Intel, as they appear among mapped libraries.
 _RUNTIME = re.compile(r"/lib(?:gomp|omp|iomp5)(?:-\w+)?\.(?:so[.\d]*|dylib)$")
 
@@ -153,7 +153,7 @@ def _advice(report: dict[str, Any]) -> list[str]:
             'start it in another way, such as multiprocessing\'s "spawn"'
         )
     elif threads["decided_by"] in ("OMP_THREAD_LIMIT", _MOST):
-        advice.append(f"the number of threads is that of {threads['decided_by']}")
+        advice.append(f"{threads['decided_by']} allows no more threads than {threads['used']}")
     elif threads["used"] < threads["usable_cores"]:
         advice.append(
             f"{threads['decided_by']} keeps dcnlib to {threads['used']} of "
@@ -201,7 +201,7 @@ def _threads() -> tuple[int, str]:
         return setting, by
     if _core.forked():
         return used, _FORKED
-    return used, "OMP_THREAD_LIMIT" if "OMP_THREAD_LIMIT" in os.environ else _MOST
+    return used, "OMP_THREAD_LIMIT" if os.environ.get("OMP_THREAD_LIMIT") else _MOST
 
 
 def version_of(package: str) -> str | None:

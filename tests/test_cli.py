@@ -80,16 +80,23 @@ class TestInfo:
             assert any("DCNLIB_CPU_ISA=baseline" in sentence for sentence in report["advice"])
 
     @pytest.mark.skipif(not _core.openmp(), reason="built without OpenMP")
-    @pytest.mark.parametrize("limit", ["", "2"])
-    def test_fewer_threads_than_the_setting(self, limit):
+    @pytest.mark.parametrize(
+        ("setting", "limit", "first"),
+        [
+            ("4", "", (4, "DCNLIB_NUM_THREADS")),
+            ("4", "2", (2, "OMP_THREAD_LIMIT")),
+            ("300", "", (256, "dcnlib's limit")),
+        ],
+        ids=["none", "openmp", "most"],
+    )
+    def test_fewer_threads_than_the_setting(self, setting, limit, first):
         """In a forked child and with the runtime's own limit, the settings are not what is used."""
         child = isolated.python(
             "import os, dcnlib; from dcnlib import _info; print(_info._threads(), flush=True); "
             "os.fork() or print(_info._threads(), flush=True)",
-            DCNLIB_NUM_THREADS="4",
+            DCNLIB_NUM_THREADS=setting,
             OMP_THREAD_LIMIT=limit,
         )
-        first = (2, "OMP_THREAD_LIMIT") if limit else (4, "DCNLIB_NUM_THREADS")
         assert child.stdout.splitlines() == [str(first), str((1, "a fork"))], child.stderr
 
     def test_advice_when_there_is_nothing_to_say(self, report):
@@ -109,14 +116,16 @@ class TestInfo:
              "OMP_NUM_THREADS keeps dcnlib to 1 of 8 cores"),
             ("threads", {"used": 1, "usable_cores": 8, "decided_by": "a fork"}, "was forked"),
             ("threads", {"used": 2, "usable_cores": 8, "decided_by": "OMP_THREAD_LIMIT"},
-             "number of threads is that of OMP_THREAD_LIMIT"),
+             "OMP_THREAD_LIMIT allows no more threads than 2"),
+            ("threads", {"used": 256, "usable_cores": 300, "decided_by": "dcnlib's limit"},
+             "dcnlib's limit allows no more threads than 256"),
             ("isa", {"used": "avx2", "usable": ["avx512", "avx2"]}, "where avx512 would run"),
             ("isa", {"used": "avx512", "usable": ["amx", "avx512"]}, "where amx would run"),
             ("packages", {"torch": None}, "pip install torch"),
             ("packages", {"ml_dtypes": None}, "pip install ml_dtypes"),
         ],
-        ids=["no_openmp", "two_runtimes", "few_threads", "forked", "thread_limit", "isa_limit",
-             "no_amx", "no_torch", "no_ml_dtypes"],
+        ids=["no_openmp", "two_runtimes", "few_threads", "forked", "thread_limit", "most",
+             "isa_limit", "no_amx", "no_torch", "no_ml_dtypes"],
     )  # fmt: skip
     def test_advice(self, report, part, change, words):
         report["openmp"]["built"] = True

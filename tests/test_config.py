@@ -183,6 +183,8 @@ V1_QUOTA, V1_PERIOD = "cpu/{}cpu.cfs_quota_us", "cpu/{}cpu.cfs_period_us"
         ("0::/a/b\n", {"a/cpu.max": "300000 100000\n", "a/b/cpu.max": "max 100000\n"}, 3.0),
         ("0::/not/seen\n", {"cpu.max": "250000 100000\n"}, 2.5),
         ("0::/../x\n", {"cpu.max": "250000 100000\n"}, 2.5),
+        ("nonsense\n", {}, None),
+        (b"0::/\xff\n", {"cpu.max": "250000 100000\n"}, 2.5),
         (
             "5:memory:/m\n3:cpu,cpuacct:/d\n0::/\n",
             {V1_QUOTA.format("d/"): "70000\n", V1_PERIOD.format("d/"): "100000\n"},
@@ -191,7 +193,8 @@ V1_QUOTA, V1_PERIOD = "cpu/{}cpu.cfs_quota_us", "cpu/{}cpu.cfs_period_us"
     ],
     ids=[
         "max", "1.5", "4", "half", "v1", "v1_none", "nonsense", "no_period", "no_files", "root",
-        "nested", "outer_is_less", "outer_alone", "container", "outside", "v1_nested",
+        "nested", "outer_is_less", "outer_alone", "container", "outside", "no_group",
+        "no_text", "v1_nested",
     ],
 )  # fmt: skip
 def test_quota_of_the_control_group(tmp_path, group, files, expected):
@@ -199,7 +202,7 @@ def test_quota_of_the_control_group(tmp_path, group, files, expected):
     files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
     for name, text in (files | ({"proc/self/cgroup": group} if group else {})).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     assert _config._quota(tmp_path) == expected
 
 

@@ -370,8 +370,7 @@ def test_small_problems_run_alone():
 
 
 TEAMS = """
-import json, os, resource, sys, warnings
-import numpy as np
+import json, os, resource, warnings
 import dcnlib
 from dcnlib import testing
 

@@ -17,6 +17,10 @@ def with_numpy(x: FloatArray, offset: FloatArray, weight: FloatArray) -> None:
     assert grads.offset is not None
 
 
+def misspelt() -> None:
+    dcnlib.deform_convv2d  # type: ignore[attr-defined]  # noqa: B018
+
+
 def pooling(x: FloatArray, rois: FloatArray, offset: FloatArray) -> None:
     y = dcnlib.deform_roi_pool(x, rois, offset, 7, spatial_scale=1 / 16)
     assert_type(y, FloatArray)

@@ -410,10 +410,7 @@ def test_second_derivatives_of_resampling_at_kinks():
 def test_second_derivatives_at_kinks():
     """Of offsets of zero, as an untrained layer has, some at exactly -1: right-hand in either order."""
     generator = torch.Generator().manual_seed(0)
-    x, w, direction = (
-        torch.randn(1, 2, 3, 3, generator=generator).double().reshape(shape)
-        for shape in ((1, 2, 3, 3), (1, 2, 3, 3), (1, 2, 3, 3))
-    )
+    x, w, direction = torch.randn(3, 1, 2, 3, 3, generator=generator).double()
     offset, mask = torch.zeros(1, 18, 3, 3).double(), torch.rand(1, 9, 3, 3).double() + 0.5
 
     def loss(x, offset, mask):
